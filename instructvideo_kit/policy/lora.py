@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from diffusers import UNet3DConditionModel
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,6 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ..files import KitError, write_atomic
+
+# %% ../../nbs/policy/02_lora.ipynb #576227e1
+if not issubclass(UNet3DConditionModel, PeftAdapterMixin): # diffusers (seen in 0.42) gives it to every UNet but this one,
+    UNet3DConditionModel.__bases__ += (PeftAdapterMixin,)  # and its pipeline.load_lora_weights fails for want of it
 
 # %% ../../nbs/policy/02_lora.ipynb #fcf82fed
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
