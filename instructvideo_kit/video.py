@@ -12,6 +12,7 @@ import base64, csv, io, json, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,7 @@ def _to_uint8(
 # %% ../nbs/01_video.ipynb #dbfa864d
 _INK, _PAPER, _LINE = (40, 40, 40), (255, 255, 255), 13
 
+@cache
 def _font(): return ImageFont.load_default(size=10)
 
 def _wrap(
@@ -157,7 +159,8 @@ def encode_mp4(
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.codec_context.colorspace, stream.codec_context.color_range = 6, 1 # say that it is BT.601, so no player has to guess
         if name != "libx264": stream.bit_rate = 8_000_000
-        for frame in frames: out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for frame in frames: # AREA averages the colours of each 2x2 block; swscale's default takes one of the four
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p", interpolation="AREA")))
         out.mux(stream.encode())
     return buffer.getvalue()
 
@@ -249,9 +252,9 @@ def resize_frame(
         canvas = Image.new("RGB", (w, h))
         canvas.paste(inner, ((w - inner.width)//2, (h - inner.height)//2))
         return canvas
-    k = min(width/w, height/h)
-    left, top = (width - w*k)//2, (height - h*k)//2
-    return _resample(image, (w, h), (left, top, left + w*k, top + h*k))
+    cut_w, cut_h = min(width, w*height/h), min(height, h*width/w)
+    left, top = (width - cut_w)//2, (height - cut_h)//2
+    return _resample(image, (w, h), (left, top, left + cut_w, top + cut_h))
 
 # %% ../nbs/01_video.ipynb #9c36f5e1
 @contextmanager
@@ -473,13 +476,14 @@ def _describe(
     sample, # see choose_frames
 )->str: # one sentence
     "How clips become what the model takes, in words."
-    sizes = sorted({f"{i.width}x{i.height}" for i in infos})
-    lengths, (h, w) = [i.n_frames for i in infos], size
+    sizes, (h, w) = sorted({f"{i.width}x{i.height}" for i in infos}), size
+    shortest, longest = min(i.n_frames for i in infos), max(i.n_frames for i in infos)
+    lengths = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
     how = {"crop": "cut to the centre and resized", "squash": "squashed", "pad": "resized and padded with black"}[fit]
     take = {"spread": "spread over each clip", "first": "the first of each clip"}.get(sample, f"at {sample} fps, from the middle")
     held = sum(len(set(choose_frames(i.n_frames, n_frames, sample, i.fps))) < n_frames for i in infos)
     return (f"{len(infos)} clips of {', '.join(sizes[:4])}{' ...' if len(sizes) > 4 else ''} {how} to {w}x{h}; "
-            f"{n_frames} frames {take} of {min(lengths)}-{max(lengths)}" + (f"; {held} too short, frames repeated" if held else ""))
+            f"{n_frames} frames {take} of {lengths}" + (f"; {held} too short, frames repeated" if held else ""))
 
 # %% ../nbs/01_video.ipynb #8217a2da
 @dataclass
@@ -525,7 +529,7 @@ class ClipFolder:
         "The report: one line on what is done, one on long captions, and the clips left out."
         lines = [_describe(self.infos, self.n_frames, self.size, self.fit, self.sample)]
         long = [c for c in self.captions if max_words and len(c.split()) > max_words]
-        if long: lines += [f'{len(long)} captions have more than {max_words} words, the text encoder drops the rest; the first: "{long[0]}"']
+        if long: lines += [f'{len(long)} captions have more than {max_words} words and lose the rest; the first: "{long[0]}"']
         if self.skipped: lines += [f"{len(self.skipped)} of {n_listed} left out:", _some(self.skipped)]
         return "\n".join(lines)
 
@@ -556,7 +560,8 @@ def export_videofolder(
     if (folder/"metadata.csv").exists(): raise KitError(f"{folder} already holds metadata.csv; give a new folder or remove the old one")
     writer = csv.writer(rows, lineterminator="\n")
     writer.writerow(["file_name", "text"])
-    for i, (clip, caption) in enumerate(zip(tqdm(clips, desc="writing clips", total=len(captions), delay=3, leave=False), captions, strict=True)):
+    clips = tqdm(clips, desc="writing clips", total=len(captions), delay=3, leave=False)
+    for i, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
         write_video(folder/f"{i:05d}.mp4", clip, fps, scale)
         writer.writerow([f"{i:05d}.mp4", caption])
     write_atomic(folder/"metadata.csv", rows.getvalue())
