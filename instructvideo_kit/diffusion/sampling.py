@@ -84,7 +84,7 @@ def denoise(
     pairs = step_pairs(timesteps)
     if not 0 <= grad_steps <= len(pairs):
         raise ValueError(f"grad_steps is {grad_steps}; this chain has {len(pairs)} steps, so it must lie in 0..{len(pairs)}")
-    step = lambda z, t, t_prev: ddim_step(z, model(z, t), t, t_prev, schedule)
+    def step(z, t, t_prev): return ddim_step(z, model(z, t), t, t_prev, schedule)
     for i, (t, t_prev) in enumerate(pairs):
         carries_gradient = torch.is_grad_enabled() and i >= len(pairs) - grad_steps
         with torch.set_grad_enabled(carries_gradient):
