@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-from ..files import KitError, locate, near, write_atomic
+from ..files import KitError, locate, near, shipped, write_atomic
 from .base import CLIP_MEAN, CLIP_STD, PREPROCESSINGS, check_frames, clamp_frames, preprocess
 
 # %% ../../nbs/reward/03_clip.ipynb #7b4bab62
@@ -144,9 +144,11 @@ def _find(
 ): # (CLIPModel folder, facts: name, preprocess, scale)
     "Name or path -> folder and how it is used; converts an open_clip checkpoint on first use."
     known = next((k for k, v in PUBLISHED.items() if str(name) in (k, None if "file" in v else v["source"])), None)
+    if not known and re.fullmatch(r"[\w.-]+", str(name)) and not Path(name).exists() and name not in shipped("reward"):
+        raise KitError(f'no reward "{name}": it is neither a path nor a known name; {near(name, [*shipped("reward"), *PUBLISHED])}')
     path = _fetch(known) if known else locate(name, "reward")
     if path.is_file(): path = convert_open_clip(path)
-    facts = dict(name=known or path.name, preprocess="clip", scale=1.0)
+    facts = dict(name=known or Path(name).name, preprocess="clip", scale=1.0)
     if known: return path, facts | PUBLISHED[known]
     return path, facts | _read_json(path/"kit.json")
 
