@@ -1,0 +1,23 @@
+"Clean notebooks: nbdev_clean, and the widget state that it keeps. Called with the root of a checkout or of a copy of one."
+import json, sys
+from pathlib import Path
+
+
+def notebooks(root): return [p for folder in ("nbs", "tutorials") for p in sorted((Path(root)/folder).rglob("*.ipynb")) if "checkpoint" not in str(p)]
+
+
+def strip_widgets(path):
+    "Remove metadata.widgets, which Jupyter writes and some viewers stumble over."
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    if nb["metadata"].pop("widgets", None) is None: return
+    path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def clean(root):
+    from nbdev.clean import nbdev_clean
+    for path in notebooks(root):
+        strip_widgets(path)
+        nbdev_clean(str(path))
+
+
+if __name__ == "__main__": clean(sys.argv[1] if len(sys.argv) > 1 else ".")

@@ -1,0 +1,87 @@
+"`make test`: clean-diff, export-diff, notebooks, tutorials, pytest. Two processor cores are enough; sockets are blocked from the notebooks on."
+import difflib, os, shutil, subprocess, sys, tempfile, time
+from pathlib import Path
+from clean import notebooks
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+DOCS = "CONTRIBUTING.md says how"
+
+
+def environment(threads):
+    "Workers x threads = 2, no network."
+    offline = dict(PYTHONPATH=str(ROOT/".ci/offline"), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    return {**os.environ, **offline, "OMP_NUM_THREADS": str(threads), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def copy_of_sources(folder):
+    "The notebooks, the settings and the modules, without weights."
+    for name in ("nbs", "tutorials", "instructvideo_kit"):
+        if (ROOT/name).exists(): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("weights", "__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT/name, folder/name)
+
+
+def first_lines(old, new, n=12):
+    "The beginning of the difference between two files, either of which may be missing."
+    read = lambda p: p.read_text(encoding="utf-8").splitlines() if p.exists() else []
+    return "\n".join(list(difflib.unified_diff(read(old), read(new), "as it is", "as it should be", lineterm="", n=1))[:n])
+
+
+def same(folder, paths):
+    "Do these files (relative paths) read the same here and in `folder`? Names and shows those that do not."
+    differ = [p for p in paths if not (ROOT/p).exists() or not (folder/p).exists() or (ROOT/p).read_bytes() != (folder/p).read_bytes()]
+    for p in differ: print(f"  {p} differs\n{first_lines(ROOT/p, folder/p)}")
+    return not differ
+
+
+def clean_diff():
+    "Cleaning changes nothing."
+    with tempfile.TemporaryDirectory() as tmp:
+        copy_of_sources(folder := Path(tmp))
+        if subprocess.run([sys.executable, ROOT/".ci/clean.py", folder], cwd=folder).returncode: return False
+        ok = same(folder, [p.relative_to(ROOT) for p in notebooks(ROOT)])
+    print("  notebooks are clean" if ok else f"  run `make clean-notebooks` and commit; {DOCS}")
+    return ok
+
+
+def export_diff():
+    "Exporting changes no module (the index _modidx.py aside, which depends on the order of things)."
+    with tempfile.TemporaryDirectory() as tmp:
+        copy_of_sources(folder := Path(tmp))
+        if subprocess.run([BIN/"nbdev_export"], cwd=folder).returncode: return False
+        modules = {p.relative_to(r) for r in (ROOT, folder) for p in (r/"instructvideo_kit").rglob("*.py")}
+        ok = same(folder, sorted(p for p in modules if p.name != "_modidx.py" and "weights" not in p.parts))
+    print("  modules are what the notebooks say" if ok else f"  run `make export` and commit; {DOCS}")
+    return ok
+
+
+def run_notebooks(where):
+    "nbdev_test on one folder, two workers with one thread each."
+    if not any(p.is_relative_to(ROOT/where) for p in notebooks(ROOT)):
+        print(f"  skipped: {where}/ holds no notebook"); return True
+    command = [BIN/"nbdev_test", "--path", where, "--n_workers", "2", "--do_print", "--timing"]
+    return subprocess.run(command, cwd=ROOT, env=environment(threads=1)).returncode == 0
+
+
+def run_pytest(): return subprocess.run([sys.executable, "-m", "pytest", "--durations", "5"], cwd=ROOT, env=environment(threads=2)).returncode == 0
+
+
+STAGES = {"clean-diff": clean_diff, "export-diff": export_diff, "notebooks": lambda: run_notebooks("nbs"),
+          "tutorials": lambda: run_notebooks("tutorials"), "pytest": run_pytest}
+
+
+def main(chosen):
+    unknown = [s for s in chosen if s not in STAGES]
+    if unknown: sys.exit(f'no stage "{unknown[0]}"; there is {", ".join(STAGES)}')
+    failed, times = [], []
+    for name in chosen or STAGES:
+        if name == "pytest" and times: print("\nso far: " + ", ".join(times), flush=True)
+        print(f"\n== {name}", flush=True)
+        started = time.time()
+        if not STAGES[name](): failed.append(name)
+        times.append(f"{name} {time.time() - started:.0f} s{' FAILED' if name in failed else ''}")
+        if name != "pytest": print(f"-- {times[-1]}", flush=True)
+    if failed: sys.exit(f"make test: failed in {', '.join(failed)}")
+
+
+if __name__ == "__main__": main(sys.argv[1:])

@@ -1,0 +1,30 @@
+# make demo and make test need nothing but Python 3.10-3.13, git and make: each sets up .venv first, and finds it ready the next time.
+# make PYTHON=/path/to/python3.12 demo chooses the interpreter; ARGS passes options on: make demo ARGS="--quick"
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lab export clean-notebooks
+ROOT_FLAG := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
+
+help:
+	@echo "make demo             tune a small text-to-video model and open a report: runs/demo/report.html"
+	@echo "make test             notebooks clean and exported, notebooks and tutorials run, pytest"
+	@echo "make lab              JupyterLab at the first tutorial"
+	@echo "make export           notebooks -> modules, then clean the notebooks"
+	@echo "make clean-notebooks  remove what does not belong into a commit"
+
+setup:
+	@PYTHON='$(PYTHON)' sh .ci/setup
+
+demo: setup
+	@.venv/bin/instructvideo-kit demo $(ARGS)
+
+test: setup
+	@.venv/bin/python .ci/test.py $(ARGS)
+
+lab: setup
+	@.venv/bin/jupyter lab $(ROOT_FLAG) tutorials/01_start_here.ipynb
+
+export: setup
+	@.venv/bin/nbdev_export && .venv/bin/python .ci/clean.py
+
+clean-notebooks: setup
+	@.venv/bin/python .ci/clean.py
