@@ -15,16 +15,17 @@ class Progress:
     def __init__(self, expected): self.expected, self.names, self.mb, self.to_write, self.now = expected, set(), 0.0, 0, "reading the package index"
 
     def read(self, line):
-        if m := re.match(r"\s*(?:Collecting|Processing|Requirement already satisfied:|Obtaining) ?([^\s=<>!~\[;]+)", line):
-            self.names.add(name := Path(m[1]).name.split("-")[0].lower()); self.now = name
+        if line.startswith("Ignoring "): self.expected -= 1 # a pin for another Python
+        elif m := re.match(r"\s*(?:Collecting|Processing|Requirement already satisfied:|Obtaining) ?([^\s=<>!~\[;]+)", line):
+            self.now = Path(m[1]).name.split("-")[0].lower(); self.names.add(m[1])
         elif m := re.match(r"\s*Downloading (\S+) \(([\d.]+) (kB|MB|GB)\)", line):
             self.mb += float(m[2]) * {"kB": 1e-3, "MB": 1, "GB": 1e3}[m[3]]; self.now = f"downloading {m[1].split('-')[0]}, {m[2]} {m[3]}"
         elif line.startswith("Installing collected packages:"): self.to_write = line.count(",") + 1
 
     def text(self):
-        if not self.to_write: return f"package {len(self.names)} of about {self.expected}, {self.mb:.0f} MB so far: {self.now}"
+        if not self.to_write: return f"package {len(self.names)} of {max(self.expected, len(self.names))}, {self.mb:.0f} MB downloaded: {self.now}"
         written = sum(1 for _ in VENV.glob("lib/python*/site-packages/*.dist-info"))
-        return f"unpacking {self.to_write} packages into .venv: {written} are in place"
+        return f"unpacking into .venv: {min(written, self.to_write)} of {self.to_write} packages are in place"
 
 
 def watch(progress, done):
@@ -37,18 +38,18 @@ def watch(progress, done):
 
 
 def pip(*args, expected):
-    "Run pip, its whole output in the log; stop with its own error lines when it fails."
+    "Run pip install, its whole output in the log; stop with its own error lines when it fails."
     progress, done, errors = Progress(expected), threading.Event(), []
     threading.Thread(target=watch, args=(progress, done), daemon=True).start()
     command = [*PIP, "install", "--progress-bar", "off", *args]
-    with open(LOG, "a") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as run:
+    with open(LOG, "a", buffering=1) as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as run:
         for line in run.stdout:
             log.write(line); progress.read(line)
             if "error" in line.lower(): errors.append(line.strip())
     done.set(); time.sleep(0.05)
     if run.returncode:
         for line in errors[-3:]: say(line)
-        sys.exit(f"set-up: pip failed; the whole output is in {LOG}. Mend the cause (network? disk space?) and run the same command again.")
+        sys.exit(f"set-up: pip failed; its whole output is in {LOG}. Mend the cause (network? disk space?) and run the same command again.")
 
 
 def reusable(version):
@@ -64,12 +65,11 @@ def main():
     again = reusable(version)
     say(f"step 1 of 3: virtual environment .venv with Python {version}" + (", there already" if again else ""))
     if not again: subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
-    pip("-c", "constraints.txt", "pip", "setuptools", "wheel", expected=3)
-    applies = lambda line: not line.startswith("#") and (sys.version_info < (3, 11) or '< "3.11"' not in line)
-    expected = sum(map(applies, Path("constraints.txt").read_text().splitlines()))
+    expected = sum(not line.startswith("#") for line in Path("constraints.txt").read_text().splitlines())
     say("step 2 of 3: pinned packages, about 0.5 GB (several GB where torch comes with CUDA); minutes, and only this once")
+    pip("--no-deps", "-r", "constraints.txt", expected=expected) # all of them by name: nothing to resolve, so no wrong turns
+    say("step 3 of 3: the kit itself, and what only this platform needs")
     pip("-c", "constraints.txt", "--no-build-isolation", "-e", ".[dev]", expected=expected)
-    say("step 3 of 3: does it start?")
     subprocess.run([VENV/"bin/python", "-c", "import torch, diffusers, transformers, instructvideo_kit"], check=True)
     say("ready")
 

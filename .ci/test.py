@@ -30,7 +30,9 @@ def first_lines(old, new, n=12):
 def same(folder, paths):
     "Do these files (relative paths) read the same here and in `folder`? Names and shows those that do not."
     differ = [p for p in paths if not (ROOT/p).exists() or not (folder/p).exists() or (ROOT/p).read_bytes() != (folder/p).read_bytes()]
-    for p in differ: print(f"  {p} differs\n{first_lines(ROOT/p, folder/p)}")
+    for p in differ:
+        what = "is missing" if not (ROOT/p).exists() else "comes from no notebook" if not (folder/p).exists() else "differs"
+        print(f"  {p} {what}\n{first_lines(ROOT/p, folder/p)}".rstrip())
     return not differ
 
 

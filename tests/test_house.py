@@ -97,7 +97,7 @@ def test_module_has_its_notebook(path):
 
 def test_notebook_has_its_module(): assert [p for p in exports() if not p.exists()] == []
 
-def pins(lines): return {m[1].lower().replace("_", "-"): m[2] for l in lines if "python_version <" not in l and (m := re.match(r"\s*-?\s*([\w.-]+)==([\w.]+)", l))}
+def pins(lines): return {m[1].lower().replace("_", "-"): m[2] for l in lines if ' < "3.' not in l and (m := re.match(r"\s*-?\s*([\w.-]+)==([\w.]+)", l))}
 
 def test_conda_pins_are_those_of_pip():
     pip, conda = (pins((ROOT/f).read_text().splitlines()) for f in ("constraints.txt", "environment.yml"))
