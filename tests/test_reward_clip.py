@@ -303,6 +303,13 @@ def test_each_caption_is_read_once(judge, monkeypatch):
     assert frames.grad.abs().sum() > 0 and seen == [2, 1]
 
 
+def test_a_caption_reads_alike_under_autocast(judge):
+    judge._texts.clear()
+    with torch.autocast("cpu", torch.bfloat16): mixed = judge.text_features(CAPTIONS)
+    judge._texts.clear()
+    assert torch.equal(mixed, judge.text_features(CAPTIONS))
+
+
 def test_older_transformers_give_plain_tensors(judge, monkeypatch):
     expected = judge(frames_of(), CAPTIONS)
     image, text = judge.model.get_image_features, judge.model.get_text_features
@@ -419,8 +426,8 @@ def test_augment_stays_in_range_and_repeats_with_its_seed(h, w, shift, noise, se
 def test_shift_moves_each_frame_by_its_own_offset():
     ramp = torch.arange(20.0).view(1, 1, 1, 20, 1) / 40 + torch.arange(20.0).view(1, 1, 1, 1, 20) / 800
     moved = augment(ramp.expand(1, 64, 3, 20, 20), shift=2, generator=torch.Generator().manual_seed(0))
-    offsets = {tuple((moved[0, i, 0, 10, 10] - ramp[0, 0, 0, 10 + dy, 10 + dx]).abs() < 1e-6 for dy in range(-2, 3) for dx in range(-2, 3)) for i in range(64)}
-    assert all(sum(o) == 1 for o in offsets) and len(offsets) > 15 # all within reach, nearly all 25 met
+    near = (moved[0, :, 0, 10, 10, None] - ramp[0, 0, 0, 8:13, 8:13].flatten()).abs() < 1e-6 # (frame, offset)
+    assert (near.sum(1) == 1).all() and near.any(0).sum() > 15 # each frame within reach, most of the 25 offsets met
 
 
 def test_augment_passes_the_gradient():

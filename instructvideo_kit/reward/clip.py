@@ -101,7 +101,6 @@ class ClipReward(nn.Module):
         if new: self._texts.update(((p, *where), feature) for p, feature in zip(new, self._read(new)))
         return torch.stack([self._texts[p, *where] for p in prompts])
 
-    @torch.inference_mode(False) # what is kept must serve a later call that wants a gradient
     @torch.no_grad()
     def _read(self, prompts):
         "Captions -> (n, d) of length 1."
