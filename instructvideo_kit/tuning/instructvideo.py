@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from einops import rearrange
 
 from ..diffusion.sampling import denoise
 from ..diffusion.schedule import corrupt, ddim_timesteps, n_steps, noise_timestep
 from ..files import KitError
+from ..policy.base import check_video
 from ..policy.lora import add_lora, load_lora, lora_parameters, save_lora
 from ..reward.base import augment, clamp_frames
 from ..reward.segvr import segment_frames, segmental_reward
@@ -83,7 +83,7 @@ def edit(
     "Reward fine-tuning as editing: corrupt to t_noi and denoise in tau * D steps, Eq. (3)-(5) of InstructVideo."
     t_noi = noise_timestep(config.tau, config.n_ddim, policy.schedule.n_train)
     timesteps = ddim_timesteps(config.n_ddim, policy.schedule.n_train, config.tau)
-    z_t = corrupt(z.to(policy.device, policy.dtype), eps.to(policy.device, policy.dtype), policy.schedule.at(t_noi))
+    z_t = corrupt(z.to(policy.device), eps.to(policy.device, z.dtype), policy.schedule.at(t_noi))
     model = policy.denoiser(prompts, config.guidance_scale, config.batched_cfg)
     return denoise(model, z_t, timesteps, policy.schedule, config.grad_steps, config.checkpoint)
 
@@ -210,7 +210,7 @@ def check_inputs(
     empty = [i for i, caption in enumerate(captions) if not str(caption).strip()]
     need(not empty, f"{len(empty)} of {len(captions)} captions are empty, the first is number {empty[0] if empty else ''}; write what the clip shows")
     user_error(segment_frames, policy.n_frames, config.n_segments)
-    user_error(policy.check_video, clips[0][0][None])
+    user_error(check_video, clips[0][0][None], (policy.n_frames, 3, *policy.size))
     need(not getattr(policy.unet, "peft_config", None), "the policy carries a LoRA already; open it afresh, or merge_lora(policy) to tune on top of it")
     return captions
 
