@@ -159,7 +159,7 @@ def encode_mp4(
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.codec_context.colorspace, stream.codec_context.color_range = 6, 1 # say that it is BT.601, so no player has to guess
         if name != "libx264": stream.bit_rate = 8_000_000
-        for frame in frames: # AREA averages the colours of each 2x2 block; swscale's default takes one of the four
+        for frame in frames: # AREA averages colour over each 2x2 block; the default blurs it across blocks
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p", interpolation="AREA")))
         out.mux(stream.encode())
     return buffer.getvalue()
@@ -265,7 +265,7 @@ def _open(
     path = Path(path)
     if not path.is_file(): raise KitError(f"there is no file {path}; check the path")
     if not path.stat().st_size: raise KitError(f"{path} is empty (0 bytes); copy it again or leave it out")
-    try: container = av.open(f"file:{path}", options={"protocol_whitelist": "file"})
+    try: container = av.open(f"file:{path}") # "file:" because a name like a:b.mp4 looks like a protocol
     except (av.FFmpegError, UnicodeError) as e:
         raise KitError(f"{path} is not a video PyAV can open: {getattr(e, 'strerror', None) or e}") from e
     with container:

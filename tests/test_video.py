@@ -138,9 +138,9 @@ def test_round_trip(tmp_path, scale, least):
     assert clip_info(path) == (16, 32*scale, 32*scale, 12.5)
 
 def test_doubling_saves_the_colour_of_drawings(tmp_path):
-    clip = (torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) > .5).float().repeat_interleave(2, 2).repeat_interleave(3, 3)
+    clip = (torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) > .5).float()
     plain, doubled = (read_video(write_video(tmp_path/f"{k}.mp4", clip, scale=k), 4, size=clip.shape[2:]) for k in (1, 2))
-    assert psnr(doubled, clip) > psnr(plain, clip) + 10 and psnr(doubled, clip) > 30
+    assert psnr(doubled, clip) > psnr(plain, clip) + 10 and psnr(doubled, clip) > 35
 
 def test_without_x264_mpeg4_is_written_and_gif_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(video, "_encoder", lambda: "mpeg4")
@@ -227,12 +227,10 @@ def test_header_that_promises_too_much_is_corrected(tmp_path, monkeypatch):
     monkeypatch.setattr(video, "clip_info", lambda path: video.ClipInfo(40, 32, 32, 8.))
     with pytest.raises(KitError, match="only 15 of 40 frames"): read_video(path, 3)
 
-@pytest.mark.parametrize("name", ["a clip with spaces.mp4", "mötley 猫.mp4", "a:b.mp4", "50%d #1.mp4", "pipe:0.mp4"])
-def test_odd_names(tmp_path, name): assert read_video(write_video(tmp_path/"sub dir"/name, ramp(4)), 4).shape == (4, 3, 32, 32)
-
-def test_a_playlist_cannot_reach_the_network(tmp_path):
-    (tmp_path/"a.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n#EXT-X-ENDLIST\n")
-    with pytest.raises(KitError): read_video(tmp_path/"a.mp4")
+@pytest.mark.parametrize("name", ["a dir/a clip.mp4", "mötley 猫.mp4", "a:b.mp4", "50%d #1.mp4", "pipe:0.mp4", "-i.mp4"])
+def test_odd_names(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert read_video(write_video(name, ramp(4)), 4).shape == (4, 3, 32, 32)
 
 @pytest.mark.parametrize("where", ["replace", "fsync"])
 def test_full_disk_keeps_the_old_clip(tmp_path, monkeypatch, where):
