@@ -19,6 +19,7 @@ def segment_bounds(
         raise ValueError(f"n_segments is {n_segments}; a clip of {n_frames} frames can be cut into 1..{n_frames} segments")
     return torch.arange(n_segments + 1) * n_frames // n_segments
 
+# %% ../../nbs/reward/01_segvr.ipynb #768c4bbf
 def segment_frames(
     n_frames:int, # F
     n_segments:int=4, # S
