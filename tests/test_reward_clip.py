@@ -277,6 +277,16 @@ def test_gradient_against_finite_differences(reference, judge, how):
     assert gradient.abs().sum() > 0.01
 
 
+def test_weights_without_a_tokenizer_take_clips_own(tmp_path, cache, monkeypatch):
+    merges = [f"{a} {b}" for a in "abcdefgh" for b in "ijkl"]
+    monkeypatch.setattr(clip_module, "_clip_merges", lambda beside: merges)
+    assert load_tokenizer(tmp_path)("a").input_ids == [512 + 32, 320, 513 + 32] and (cache / "clip_tokenizer/vocab.json").exists()
+    monkeypatch.setattr(clip_module, "_clip_merges", lambda beside: None)
+    def nowhere(name, kind): raise KitError("not here")
+    monkeypatch.setattr(clip_module, "locate", nowhere)
+    with pytest.raises(KitError, match="has no tokenizer: put vocab.json"): load_tokenizer(tmp_path)
+
+
 def test_chunks_change_neither_scores_nor_gradients(judge):
     frames = frames_of().requires_grad_()
     whole = judge(frames, CAPTIONS)

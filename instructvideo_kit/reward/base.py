@@ -123,6 +123,7 @@ def _shifted(frames, shift, generator):
     (b, s, _, h, w), n = frames.shape, 2*shift + 1
     x = F.pad(rearrange(frames, "b s c h w -> (b s) c h w"), (shift,)*4, mode="replicate")
     dy, dx = (_random(torch.rand, (2, b*s), frames.float(), generator)*n).long().clamp(max=n - 1)
-    rows, cols = (rearrange(d[:, None] + torch.arange(side, device=x.device), form) for d, side, form in ((dy, h, "n h -> n h 1"), (dx, w, "n w -> n 1 w")))
-    cut = x[torch.arange(b*s, device=x.device)[:, None, None], :, rows, cols] # advanced indexing puts the channels last
+    span = lambda side: torch.arange(side, device=x.device)
+    rows, cols = rearrange(dy[:, None] + span(h), "n h -> n h 1"), rearrange(dx[:, None] + span(w), "n w -> n 1 w")
+    cut = x[rearrange(span(b*s), "n -> n 1 1"), :, rows, cols] # advanced indexing puts the channels last
     return rearrange(cut, "(b s) h w c -> b s c h w", b=b)

@@ -36,7 +36,7 @@ def _projected(
     return output if torch.is_tensor(output) else output.pooler_output
 
 class ClipReward(nn.Module):
-    "Image reward of the CLIP family: (frames (b, s, 3, h, w) in [0, 1], prompts) -> (b, s) cosines times `scale`; frozen, differentiable in the frames."
+    "Image reward of the CLIP family: (frames (b, s, 3, h, w) in [0, 1], prompts) -> (b, s) cosines times `scale`; differentiable in the frames."
     def __init__(self,
         model, # transformers CLIPModel
         tokenizer, # its CLIPTokenizer
@@ -214,15 +214,24 @@ def _clip_merges(beside):
 def load_tokenizer(
     folder, # CLIPModel folder
 )->"CLIPTokenizer":
-    "The folder's tokenizer, else CLIP's own from the Hugging Face cache; KitError when there is none."
-    folder = Path(folder)
-    if not any((folder/f).exists() for f in ("tokenizer.json", "vocab.json")):
-        for source in ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
-            try: folder = locate(source, "reward")
-            except KitError: continue
-            break
-        else: raise KitError(f'"{folder}" has no tokenizer: put vocab.json and merges.txt of openai/clip-vit-large-patch14 there, or install open_clip_torch')
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    "The folder's tokenizer, else CLIP's own from open_clip's list or the Hugging Face cache; KitError when there is none."
+    return CLIPTokenizer.from_pretrained(folder if _has_tokenizer(folder) else _clip_tokenizer(folder), local_files_only=True)
+
+def _has_tokenizer(folder): return any((Path(folder)/f).exists() for f in ("tokenizer.json", "vocab.json"))
+
+def _cache(): return Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"instructvideo_kit"
+
+def _clip_tokenizer(folder):
+    "A folder with CLIP's own tokenizer, for weights that come without one."
+    if merges := _clip_merges(folder):
+        write_tokenizer(_cache()/"clip_tokenizer", merges)
+        return _cache()/"clip_tokenizer"
+    for source in ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
+        try: found = locate(source, "reward")
+        except KitError: continue
+        if _has_tokenizer(found): return found
+    raise KitError(f'"{folder}" has no tokenizer: put vocab.json and merges.txt of openai/clip-vit-large-patch14 there, '
+                   'or install open_clip_torch')
 
 # %% ../../nbs/reward/03_clip.ipynb #3c2ef056
 _PLAIN = {
@@ -289,11 +298,12 @@ def open_clip_config(
     width, _, _, patch = state["visual.conv1.weight"].shape
     (positions, _), (vocabulary, text_width) = state["visual.positional_embedding"].shape, state["token_embedding.weight"].shape
     common, dim = dict(hidden_act=hidden_act, layer_norm_eps=1e-5), state["text_projection"].shape[1]
-    vision = dict(hidden_size=width, intermediate_size=state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0], num_hidden_layers=count("visual."),
-                  num_attention_heads=vision_heads or (16 if width == 1280 else max(1, width//64)), patch_size=patch,
+    inner = lambda tower: len(state[f"{tower}transformer.resblocks.0.mlp.c_fc.weight"])
+    vision = dict(hidden_size=width, intermediate_size=inner("visual."), num_hidden_layers=count("visual."), patch_size=patch,
+                  num_attention_heads=vision_heads or (16 if width == 1280 else max(1, width//64)),
                   image_size=patch*math.isqrt(positions - 1), projection_dim=dim, **common)
-    text = dict(hidden_size=text_width, intermediate_size=state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0], num_hidden_layers=count(""),
-                num_attention_heads=text_heads or max(1, text_width//64), vocab_size=vocabulary, max_position_embeddings=len(state["positional_embedding"]),
+    text = dict(hidden_size=text_width, intermediate_size=inner(""), num_hidden_layers=count(""), vocab_size=vocabulary,
+                num_attention_heads=text_heads or max(1, text_width//64), max_position_embeddings=len(state["positional_embedding"]),
                 bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1, projection_dim=dim, **common)
     return CLIPConfig(vision_config=vision, text_config=text, projection_dim=dim)
 
@@ -335,8 +345,7 @@ def convert_open_clip(
     "Convert an open_clip checkpoint to a CLIPModel folder, once; KitError when it is not one."
     path = Path(path).resolve()
     stamp = hashlib.sha256(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns} {sorted(heads.items())}".encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"instructvideo_kit"
-    folder = Path(folder) if folder else cache/f"{path.stem}-{stamp}"
+    folder = Path(folder) if folder else _cache()/f"{path.stem}-{stamp}"
     if folder.exists(): return folder
     state, beside = open_clip_state(path), folder.with_name(f".{folder.name}-{os.getpid()}.tmp")
     beside.mkdir(parents=True, exist_ok=True)
@@ -381,7 +390,7 @@ class AestheticReward(nn.Module):
         super().__init__()
         self.clip, self.head, self.name = clip, head.requires_grad_(False).eval(), "aesthetic"
         takes, gives = head[0].in_features, clip.model.config.projection_dim
-        if takes != gives: raise KitError(f"the aesthetic head reads features of width {takes}, {clip.name} gives {gives}; it belongs to CLIP ViT-L/14")
+        if takes != gives: raise KitError(f"the head reads features of width {takes}, {clip.name} gives {gives}; it belongs to CLIP ViT-L/14")
 
     def forward(self,
         frames, # (b, s, 3, h, w) in [0, 1]
