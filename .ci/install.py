@@ -41,7 +41,7 @@ def pip(*args, expected):
     "Run pip install, its whole output in the log; stop with its own error lines when it fails."
     progress, done, errors = Progress(expected), threading.Event(), []
     threading.Thread(target=watch, args=(progress, done), daemon=True).start()
-    command = [*PIP, "install", "--progress-bar", "off", *args]
+    command = [*PIP, "install", "--progress-bar", "off", "--no-compile", *args] # Python compiles what it imports; all of it takes minutes
     with open(LOG, "a", buffering=1) as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as run:
         for line in run.stdout:
             log.write(line); progress.read(line)
