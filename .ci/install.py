@@ -23,7 +23,7 @@ class Progress:
         elif line.startswith("Installing collected packages:"): self.to_write = line.count(",") + 1
 
     def text(self):
-        if not self.to_write: return f"package {len(self.names)} of {max(self.expected, len(self.names))}, {self.mb:.0f} MB downloaded: {self.now}"
+        if not self.to_write: return f"package {len(self.names)}{f' of {self.expected}' if self.expected else ''}, {self.mb:.0f} MB downloaded: {self.now}"
         written = sum(1 for _ in VENV.glob("lib/python*/site-packages/*.dist-info"))
         return f"unpacking into .venv: {min(written, self.to_write)} of {self.to_write} packages are in place"
 
@@ -69,7 +69,7 @@ def main():
     say("step 2 of 3: pinned packages, about 0.5 GB (several GB where torch comes with CUDA); minutes, and only this once")
     pip("--no-deps", "-r", "constraints.txt", expected=expected) # all of them by name: nothing to resolve, so no wrong turns
     say("step 3 of 3: the kit itself, and what only this platform needs")
-    pip("-c", "constraints.txt", "--no-build-isolation", "-e", ".[dev]", expected=expected)
+    pip("-c", "constraints.txt", "--no-build-isolation", "-e", ".[dev]", expected=0)
     subprocess.run([VENV/"bin/python", "-c", "import torch, diffusers, transformers, instructvideo_kit"], check=True)
     say("ready")
 
