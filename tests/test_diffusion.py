@@ -2,10 +2,11 @@
 import math
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from instructvideo_kit.diffusion.sampling import ddim_step, denoise, from_x0, guide, step_pairs, to_x0_eps
@@ -13,8 +14,8 @@ from instructvideo_kit.diffusion.schedule import Schedule, corrupt, ddim_timeste
 from instructvideo_kit.diffusion.toy import ToyDenoiser, toy_clips
 from instructvideo_kit.diffusion.truncation import gradient_norms, saved_bytes, step_sensitivity, unet_cost
 
-settings.register_profile("kit", deadline=None, max_examples=60)
-settings.load_profile("kit")
+def given(*args): return lambda test: settings(deadline=None, max_examples=40)(hypothesis.given(*args)(test))
+
 KINDS = ("epsilon", "v_prediction")
 SHIPPED = Path(__file__).parents[1] / "instructvideo_kit/weights/policy/menagerie/scheduler"
 

@@ -1,16 +1,17 @@
 "SegVR and TAR: segments, sampling statistics, weights, aggregation, bad input."
 import math
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from instructvideo_kit.reward.segvr import segment_bounds, segment_frames, segmental_reward
 from instructvideo_kit.reward.tar import expected_weights, tar_center, tar_weights
 
-settings.register_profile("kit", deadline=None, max_examples=80)
-settings.load_profile("kit")
+def given(*args): return lambda test: settings(deadline=None, max_examples=40)(hypothesis.given(*args)(test))
+
 sizes = st.integers(1, 40).flatmap(lambda f: st.tuples(st.just(f), st.integers(1, f)))
 def generator(seed=0): return torch.Generator().manual_seed(seed)
 
