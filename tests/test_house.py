@@ -112,7 +112,9 @@ def test_every_requirement_is_pinned():
     assert names - pins((ROOT/"constraints.txt").read_text().splitlines()).keys() == set()
 
 def test_network_is_closed_and_loopback_open():
-    with pytest.raises(OSError, match="without a network"): socket.create_connection(("192.0.2.1", 80), timeout=1)
+    for kind, reach in [(socket.SOCK_STREAM, lambda s, a: s.connect(a)), (socket.SOCK_STREAM, lambda s, a: s.connect_ex(a)), (socket.SOCK_DGRAM, lambda s, a: s.sendto(b"", a))]:
+        with socket.socket(socket.AF_INET, kind) as s, pytest.raises(OSError, match="without a network"):
+            s.settimeout(1); reach(s, ("192.0.2.1", 80))
     with pytest.raises(OSError, match="without a network"): socket.getaddrinfo("example.invalid", 80)
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=1): pass
 
