@@ -3,14 +3,16 @@ import json, sys
 from pathlib import Path
 
 
-def notebooks(root): return [p for folder in ("nbs", "tutorials") for p in sorted((Path(root)/folder).rglob("*.ipynb")) if "checkpoint" not in str(p)]
+def notebooks(root): return [p for folder in ("nbs", "tutorials") for p in sorted((Path(root)/folder).rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 
+VIEW = "application/vnd.jupyter.widget-view+json"
 
 def strip_widgets(path):
-    "Remove metadata.widgets, which Jupyter writes and some viewers stumble over."
+    "Remove metadata.widgets, which some viewers stumble over, and views of dead widgets: beside each stands what a page without Python can show."
     nb = json.loads(path.read_text(encoding="utf-8"))
-    if nb["metadata"].pop("widgets", None) is None: return
-    path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    shown = [o["data"] for c in nb["cells"] for o in c.get("outputs", []) if len(o.get("data", {})) > 1]
+    removed = [nb["metadata"].pop("widgets", None), *(data.pop(VIEW, None) for data in shown)]
+    if any(r is not None for r in removed): path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def clean(root):
