@@ -126,14 +126,15 @@ def tune(
 ):
     "Tune a policy with InstructVideo on captioned clips."
     prepare()
+    from instructvideo_kit.demo import best_device
     from instructvideo_kit.policy import VideoPolicy
     from instructvideo_kit.reward.clip import ClipReward
     from instructvideo_kit.tuning import instructvideo
     from instructvideo_kit.tuning.trainer import load_preset
     named = {"policy": policy, "reward": reward, "steps": steps, "seed": seed}
     config = load_preset(preset, instructvideo.InstructVideoConfig, {**parse_set(set_ or []), **{k: v for k, v in named.items() if v is not None}})
-    model = VideoPolicy.from_pretrained(config.policy)
-    clips, judge = _clips(data, model, config.seed), ClipReward.from_pretrained(config.reward)
+    model = VideoPolicy.from_pretrained(config.policy, device=best_device())
+    clips, judge = _clips(data, model, config.seed), ClipReward.from_pretrained(config.reward, device=best_device())
     try: result = instructvideo.tune(model, judge, clips, config, out, resume)
     except KeyboardInterrupt: _stop(f"stopped; the same command with --resume goes on from the last checkpoint in {out}", 130)
     typer.echo(f"LoRA: {result.lora}\nnext: instructvideo-kit evaluate {out}")
@@ -153,11 +154,11 @@ def sample(
     "Draw videos for captions."
     prepare()
     import torch
-    from instructvideo_kit.demo import find_lora
+    from instructvideo_kit.demo import best_device, find_lora
     from instructvideo_kit.measure.evaluate import prompt_noise
     from instructvideo_kit.policy import VideoPolicy
     from instructvideo_kit.policy.lora import load_lora, merge_lora
-    model = VideoPolicy.from_pretrained(policy)
+    model = VideoPolicy.from_pretrained(policy, device=best_device())
     if lora: load_lora(model, find_lora(lora)[0]); merge_lora(model)
     jobs = [(p, s) for p in prompts for s in range(seed, seed + n)]
     noise = torch.stack([prompt_noise(p, s, model.latent_shape) for p, s in jobs])
@@ -197,20 +198,22 @@ def evaluate(
     reward: Reward = None,
     prompts: Annotated[Optional[Path], typer.Option(help="Text file, one caption per line; default: held-out captions of the menagerie.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Videos per caption.")] = 2,
+    seed: Seed = 0,
     steps: Steps = 20,
     out: Annotated[Optional[Path], typer.Option(help="Folder for the figures; default: evaluation-d20 in the run folder.")] = None,
 ):
     "Compare the base policy with the tuned one, from the same noise."
     prepare()
-    from instructvideo_kit.demo import evaluate_before_after, find_lora
+    from instructvideo_kit.demo import best_device, evaluate_before_after, find_lora
     from instructvideo_kit.measure.report import save_comparison, verdict
     from instructvideo_kit.policy import VideoPolicy
     from instructvideo_kit.policy.lora import load_lora
     from instructvideo_kit.reward.clip import ClipReward
     lora, config = find_lora(run)
-    model = VideoPolicy.from_pretrained(policy or config.get("policy", "menagerie"))
-    judge, captions = ClipReward.from_pretrained(reward or config.get("reward", "menagerie")), _captions(prompts, model)
-    before, after = evaluate_before_after(model, judge, captions, lambda: load_lora(model, lora), seeds=range(seeds), n_ddim=steps, oracle=_oracle(captions, model))
+    model = VideoPolicy.from_pretrained(policy or config.get("policy", "menagerie"), device=best_device())
+    captions, judge = _captions(prompts, model), ClipReward.from_pretrained(reward or config.get("reward", "menagerie"), device=best_device())
+    before, after = evaluate_before_after(model, judge, captions, lambda: load_lora(model, lora), seeds=range(seed, seed + seeds), n_ddim=steps,
+                                          oracle=_oracle(captions, model))
     folder = out or (run if run.is_dir() else run.parent)/f"evaluation-d{steps}"
     comparison = save_comparison(folder, before, after)
     typer.echo("\n".join([str(comparison), "", *verdict(comparison), f"saved in {folder}"]))
@@ -218,13 +221,13 @@ def evaluate(
 # %% ../nbs/95_cli.ipynb #1eafc6a8
 PARTS = {"policy": "policy", "judge": "reward", "oracle": "oracle"} # part -> kind of weights
 
-def _train(part, out, steps, picture_steps):
+def _train(part, out, steps, picture_steps, seed):
     "Train a part; its finished folder."
-    given = {"steps": steps} if steps else {}
+    given = {"seed": seed} | ({"steps": steps} if steps else {})
     if part == "policy":
         from instructvideo_kit.menagerie.models import train_policy
         chosen = {"clip_steps": steps, "picture_steps": picture_steps}
-        return train_policy(out, **{k: v for k, v in chosen.items() if v is not None})
+        return train_policy(out, seed=seed, **{k: v for k, v in chosen.items() if v is not None})
     if part == "judge":
         from instructvideo_kit.menagerie.judge import save_judge, train_judge
         save_judge(*train_judge(out, **given), out/"judge")
@@ -249,12 +252,13 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; goes on from the checkpoint in it.")],
     steps: Annotated[Optional[int], typer.Option(min=1, help="Optimiser steps (policy: of its second phase, on clips).")] = None,
     picture_steps: Annotated[Optional[int], typer.Option(min=0, help="Policy: steps of its first phase, on single pictures.")] = None,
+    seed: Seed = 0,
     ship: Annotated[bool, typer.Option("--ship", help="Put the result in place of the shipped weights.")] = False,
 ):
     "Train a model of the menagerie from nothing (hours for the policy, minutes for judge and oracle)."
     if part not in PARTS: raise KitError(f'--part is "{part}"; {near(part, PARTS)}')
     prepare()
-    folder = _train(part, out, steps, picture_steps)
+    folder = _train(part, out, steps, picture_steps, seed)
     typer.echo(f"{part}: {_ship(folder, PARTS[part]) if ship else folder}")
 
 @menagerie.command()

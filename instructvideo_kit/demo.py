@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL', 'QUICK', 'OPEN', 'BEFORE', 'TUNE', 'AFTER', 'REPORT', 'STAGES', 'duration', 'Stages', 'branches',
-           'forward_seconds', 'held_out', 'menagerie_clips', 'open_oracle', 'find_lora', 'evaluate_before_after',
-           'DemoSize', 'plan', 'run_demo']
+           'forward_seconds', 'held_out', 'best_device', 'menagerie_clips', 'open_oracle', 'find_lora',
+           'evaluate_before_after', 'DemoSize', 'plan', 'run_demo']
 
 # %% ../nbs/94_demo.ipynb #205fb199
 import json, shutil, time
@@ -82,6 +82,10 @@ def held_out(
     shares = dict(zip(GROUPS, (n - 2*(n//6 or 1), n//6 or 1, n//6 or 1)))
     return {group: prompts(share, "evaluation", group, seed) for group, share in shares.items()}
 
+def best_device()->str:
+    "The GPU that torch can use, else the processor."
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
 def menagerie_clips(
     policy, # VideoPolicy, for the size and number of frames
     n:int=96, # clips
@@ -94,12 +98,13 @@ def menagerie_clips(
 def open_oracle(
     policy, # VideoPolicy
     captions, # list of str
-): # Oracle or None
+): # callable (videos, captions) -> dict of (b,), or None
     "The menagerie's oracle where it can read: clips of its size, captions of its grammar; else None."
     if (policy.n_frames, *policy.size) != (16, 32, 32): return None
     try: [parse(c) for c in captions]
     except ValueError: return None
-    return Oracle.from_pretrained()
+    oracle = Oracle.from_pretrained()
+    return lambda videos, captions: oracle(videos.float().cpu(), captions)
 
 # %% ../nbs/94_demo.ipynb #d8122f71
 def find_lora(
@@ -185,7 +190,7 @@ def run_demo(
     _claim(out)
     config = load_preset(preset, InstructVideoConfig, {"seed": seed, "steps": size.steps})
     stages.begin(OPEN)
-    policy, reward = VideoPolicy.from_pretrained(config.policy), ClipReward.from_pretrained(config.reward)
+    policy, reward = (c.from_pretrained(name, device=best_device()) for c, name in ((VideoPolicy, config.policy), (ClipReward, config.reward)))
     captions, clips = held_out(size.captions, seed), menagerie_clips(policy, size.clips, seed)
     oracle = open_oracle(policy, sum(captions.values(), []))
     stages.works |= plan(policy, config, size); stages.seconds = forward_seconds(policy)
@@ -208,4 +213,4 @@ def _tell(out, policy, config, preset, before, after, began):
 
 def _intro(config, began):
     return (f"A text-to-video model drew the same captions before and after {config.steps} steps of reward fine-tuning, from the same noise. None of the captions was in its "
-            f"training or tuning. Made in {duration(time.perf_counter() - began)} on this machine's processor with version {__version__}.")
+            f"training or tuning. Made in {duration(time.perf_counter() - began)} with version {__version__}.")

@@ -68,3 +68,24 @@ def tiny_pipeline(folder, prediction_type="epsilon", vae="kl", n_frames=N_FRAMES
     (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "kit.json").write_text(json.dumps({"name": "tiny", "n_frames": n_frames, "guidance_scale": 3.0}))
     return folder
+
+
+def tiny_reward(folder, seed=0):
+    "Write a CLIPModel directory with random weights: 12 x 12 pixels, 12 text tokens. Returns its path."
+    from transformers import CLIPConfig, CLIPModel
+    n_vocab = tiny_tokenizer(folder)
+    common = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(vocab_size=n_vocab, max_position_embeddings=MAX_TOKENS, bos_token_id=n_vocab - 2, eos_token_id=n_vocab - 1, pad_token_id=n_vocab - 1, **common)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=dict(image_size=12, patch_size=6, **common), projection_dim=8))
+    model.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_preset(home, batch=1):
+    "Write home/preset.yaml: two steps with home/policy and home/reward. Returns its path."
+    lines = [f"policy: {home}/policy", f"reward: {home}/reward", "steps: 2 # few", f"batch: {batch}", "n_ddim: 5", "tau: 0.6 # Fig. 5b",
+             "guidance_scale: 3.0", "rank: 2", "lr: 1e-2", "save_every: 1", "clamp: straight"]
+    (Path(home)/"preset.yaml").write_text("\n".join(lines) + "\n")
+    return Path(home)/"preset.yaml"
