@@ -24,7 +24,7 @@ def copy_of_sources(folder):
 def first_lines(old, new, n=12):
     "The beginning of the difference between two files, either of which may be missing."
     read = lambda p: p.read_text(encoding="utf-8").splitlines() if p.exists() else []
-    return "\n".join(list(difflib.unified_diff(read(old), read(new), "as it is", "as it should be", lineterm="", n=1))[:n])
+    return "\n".join(l[:160] for l in list(difflib.unified_diff(read(old), read(new), "as it is", "as it should be", lineterm="", n=1))[:n])
 
 
 def same(folder, paths):
