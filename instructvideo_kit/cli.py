@@ -67,8 +67,10 @@ def parse_set(
     import yaml
     bad = [p for p in pairs if "=" not in p]
     if bad: raise KitError(f'--set {bad[0]}: expected field=value, such as --set tau=0.5')
-    try: return {p.split("=", 1)[0].strip(): yaml.safe_load(p.split("=", 1)[1]) for p in pairs}
+    try: fields = {p.split("=", 1)[0].strip(): yaml.safe_load(p.split("=", 1)[1]) for p in pairs}
     except yaml.YAMLError as error: raise KitError(f"--set {pairs}: not a value YAML can read ({' '.join(str(error).split())})") from None
+    if empty := [k for k, v in fields.items() if v is None]: raise KitError(f"--set {empty[0]}= has no value; to leave a field to its default, write a preset file")
+    return fields
 
 def slug(
     prompt:str,

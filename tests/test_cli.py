@@ -87,7 +87,7 @@ def test_evaluate_without_captions_or_lora(home):
 
 @pytest.mark.parametrize("field, words", [
     ("tau=1.5", ["tau", "1.5"]), ("tau=0", ["tau"]), ("tau=0.01", ["tau * n_ddim is 0.05", "raise tau"]), ("n_segments=99", ["n_segments is 99", f"{N_FRAMES} frames"]),
-    ("lamtar=1", ['no field "lamtar"', '"lam_tar"']), ("lr=fast", ["lr is 'fast'"]), ("tau", ["field=value"]), ("frames=rand", ['"random"'])])
+    ("lamtar=1", ['no field "lamtar"', '"lam_tar"']), ("lr=fast", ["lr is 'fast'"]), ("tau", ["field=value"]), ("tau=", ["no value"]), ("frames=rand", ['"random"'])])
 def test_bad_field(home, tmp_path, field, words):
     refused(tune(home, tmp_path/"out", "--set", field), *words)
     assert not (tmp_path/"out").exists()
