@@ -118,10 +118,14 @@ class VideoPolicy:
 
 # %% ../../nbs/policy/01_base.ipynb #b870c01d
 @patch(as_prop=True)
-def device(self:VideoPolicy): return self.unet.device
+def device(self:VideoPolicy):
+    "Where the UNet is."
+    return self.unet.device
 
 @patch(as_prop=True)
-def dtype(self:VideoPolicy): return self.unet.dtype
+def dtype(self:VideoPolicy):
+    "Type of the UNet's weights; latents and videos may have another."
+    return self.unet.dtype
 
 @patch(as_prop=True)
 def scale_factor(self:VideoPolicy)->int: # pixels per latent cell
@@ -208,10 +212,20 @@ def check_prompts(
 
 
 @patch
+def lost_words(
+    self:VideoPolicy,
+    prompt:str, # a caption
+)->str: # its last words, those that do not fit (the first of them may fit in part); empty if all do
+    "What the text encoder does not read of a caption."
+    words = prompt.split()
+    fits = lambda n: len(self.tokenizer(" ".join(words[:n]), verbose=False).input_ids) <= self.max_tokens
+    return " ".join(words[next(n for n in range(len(words), -1, -1) if fits(n)):])
+
+
+@patch
 def _embed_one(self:VideoPolicy, prompt):
     ids = self.tokenizer(prompt, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt").input_ids
-    lost = self.tokenizer(prompt, verbose=False).input_ids[self.max_tokens - 1:-1]
-    if lost: warnings.warn(f"the text encoder takes {self.max_tokens - 2} tokens; of {prompt!r} it loses {self.tokenizer.decode(lost).strip()!r}")
+    if lost := self.lost_words(prompt): warnings.warn(f"the text encoder takes {self.max_words} tokens; of {prompt!r} it loses {lost!r}")
     with torch.no_grad(): return self.text_encoder(ids.to(self.device))[0][0]
 
 
