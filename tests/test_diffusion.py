@@ -70,8 +70,10 @@ def test_tau_outside_is_refused(tau):
         with pytest.raises(ValueError, match=r"\(0, 1\]"): call()
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: noise_timestep(0.04, 20), "at least one step"), (lambda: ddim_timesteps(0), "n_ddim is 0"), (lambda: ddim_timesteps(1001), "1001"),
-    (lambda: ddim_timesteps(50, n_train=40), "n_train = 40"), (lambda: ddim_to_ddpm(0, 20), "1-based"), (lambda: ddim_to_ddpm(21, 20), "1..20"),
+    (lambda: noise_timestep(0.04, 20), "at least one step"), (lambda: ddim_timesteps(0), "n_ddim is 0"),
+    (lambda: ddim_timesteps(1001), "1001"),
+    (lambda: ddim_timesteps(50, n_train=40), "n_train = 40"), (lambda: ddim_to_ddpm(0, 20), "1-based"),
+    (lambda: ddim_to_ddpm(21, 20), "1..20"),
     (lambda: Schedule(scaled_linear(), "sample"), "sample"), (lambda: Schedule.modelscope().at(1000), "outside the schedule"),
     (lambda: corrupt(torch.zeros(2, 3), torch.zeros(3), 0.5), "shape"), (lambda: corrupt(torch.zeros(2), torch.zeros(2), 551), "timestep"),
     (lambda: corrupt(torch.zeros(2), torch.zeros(2), torch.tensor([0.1, -0.1])), r"\[0, 1\]"),
@@ -117,7 +119,8 @@ def test_one_alpha_bar_per_sample():
     z_t, prediction = noise(2, 2, 3, 4, 5, 5).unbind(0)
     both = to_x0_eps(prediction, z_t, torch.tensor([0.2, 0.9], dtype=torch.float64), "v_prediction")
     for i, a in enumerate((0.2, 0.9)):
-        for whole, part in zip(both, to_x0_eps(prediction[i:i + 1], z_t[i:i + 1], a, "v_prediction")): assert torch.allclose(whole[i:i + 1], part)
+        for whole, part in zip(both, to_x0_eps(prediction[i:i + 1], z_t[i:i + 1], a, "v_prediction")):
+            assert torch.allclose(whole[i:i + 1], part)
 
 @given(st.integers(0, 999), st.integers(-1, 999), st.sampled_from(KINDS))
 def test_a_step_with_the_true_noise_lands_on_the_corrupted_clip(t, t_prev, kind):
@@ -196,13 +199,14 @@ def test_network_calls_and_callback():
     assert [s[:2] for s in seen] == list(enumerate(steps.tolist())) and seen[-1][2] is z_0
     assert [s[2].requires_grad for s in seen] == [False] * 10 + [True] * 2
     denoise(net, noise(1, 2, 2, 4, 4), steps, schedule, grad_steps=2, checkpoint=True).sum().backward()
-    assert net.calls == 12 + 12 + 2                                                   # one level of checkpointing: each gradient step once more
+    assert net.calls == 12 + 12 + 2    # one level of checkpointing: each gradient step once more
 
 def test_dropout_is_repeated_in_the_checkpointed_step():
     schedule, net, drop = Schedule.modelscope(), Net(), torch.nn.Dropout(0.5)
     def gradient(checkpoint):
         torch.manual_seed(0)
-        return torch.autograd.grad(denoise(lambda z, t: drop(net(z, t)), noise(1, 2, 2, 4, 4), [51, 1], schedule, 2, checkpoint).sum(), net.a)[0]
+        z_0 = denoise(lambda z, t: drop(net(z, t)), noise(1, 2, 2, 4, 4), [51, 1], schedule, 2, checkpoint)
+        return torch.autograd.grad(z_0.sum(), net.a)[0]
     assert torch.allclose(gradient(False), gradient(True), rtol=1e-12)
 
 def test_no_grad_of_the_caller_is_respected():
@@ -210,7 +214,8 @@ def test_no_grad_of_the_caller_is_respected():
 
 @pytest.mark.parametrize("grad_steps", [-1, 3])
 def test_grad_steps_outside_is_refused(grad_steps):
-    with pytest.raises(ValueError, match=rf"grad_steps is {grad_steps}.*0\.\.2"): denoise(Net(), noise(1, 2, 2, 4, 4), [51, 1], Schedule.modelscope(), grad_steps)
+    with pytest.raises(ValueError, match=rf"grad_steps is {grad_steps}.*0\.\.2"):
+        denoise(Net(), noise(1, 2, 2, 4, 4), [51, 1], Schedule.modelscope(), grad_steps)
 
 @pytest.mark.parametrize("steps", [[], [1, 51], [51, 51], [51, -1]])
 def test_timesteps_must_descend(steps):
@@ -246,7 +251,8 @@ def test_gradient_norms(grad_steps):
 
 def test_gradient_norms_refuses_no_steps():
     for k in (0, 3):
-        with pytest.raises(ValueError, match="grad_steps"): gradient_norms(Net(), noise(1, 2, 2, 4, 4), [51, 1], Schedule.modelscope(), torch.sum, k)
+        with pytest.raises(ValueError, match="grad_steps"):
+            gradient_norms(Net(), noise(1, 2, 2, 4, 4), [51, 1], Schedule.modelscope(), torch.sum, k)
 
 @given(st.integers(1, 50), st.data())
 def test_unet_cost(n, data):
@@ -260,7 +266,8 @@ def test_memory_grows_with_k_and_checkpointing_stops_it():
     schedule, steps = Schedule.modelscope(), ddim_timesteps(20, tau=0.3)
     net = torch.nn.Sequential(torch.nn.Conv3d(3, 16, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv3d(16, 3, 3, padding=1))
     def kept(k, checkpoint=False):
-        return saved_bytes(lambda: denoise(lambda z, t: net(z), noise(1, 3, 4, 8, 8, dtype=torch.float32), steps, schedule, k, checkpoint), net.parameters())
+        start = noise(1, 3, 4, 8, 8, dtype=torch.float32)
+        return saved_bytes(lambda: denoise(lambda z, t: net(z), start, steps, schedule, k, checkpoint), net.parameters())
     assert kept(0) == 0 and kept(4) == 4 * kept(1) > 0
     assert kept(6, checkpoint=True) < kept(1)
 

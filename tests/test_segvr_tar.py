@@ -55,7 +55,8 @@ def test_generator_decides():
     assert len({tuple(row) for row in rows.tolist()}) == 8    # clips of a batch draw for themselves
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: segment_frames(16, 17), "n_segments is 17.*1..16"), (lambda: segment_frames(16, 0), "n_segments is 0"), (lambda: segment_frames(0, 1), "n_segments is 1"),
+    (lambda: segment_frames(16, 17), "n_segments is 17.*1..16"), (lambda: segment_frames(16, 0), "n_segments is 0"),
+    (lambda: segment_frames(0, 1), "n_segments is 1"),
     (lambda: segment_frames(16, 4, 0), "batch is 0"), (lambda: segment_frames(16, 4, mode="last"), "'last'"),
     (lambda: segmental_reward(torch.zeros(4)), r"\(4,\)"), (lambda: segmental_reward(torch.zeros(2, 4), torch.zeros(4)), r"\(4,\)"),
     (lambda: segmental_reward(torch.zeros(2, 4), torch.zeros(4, 2)), r"\(4, 2\)"),

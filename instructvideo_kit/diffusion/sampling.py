@@ -80,7 +80,7 @@ def denoise(
     checkpoint:bool=False, # keep only the input of each gradient step and run it again in the backward pass
     callback=None, # called (i, t, z) after step i, with its result z
 )->Tensor: # z_0, like z_t
-    "Partial or full DDIM chain with truncated back-propagation (sections 3.2.1 and 3.3 of InstructVideo); ValueError when K is out of range."
+    "Partial or full DDIM chain, truncated back-propagation (sections 3.2.1, 3.3 of InstructVideo); ValueError when K is out of range."
     pairs = step_pairs(timesteps)
     if not 0 <= grad_steps <= len(pairs):
         raise ValueError(f"grad_steps is {grad_steps}; this chain has {len(pairs)} steps, so it must lie in 0..{len(pairs)}")

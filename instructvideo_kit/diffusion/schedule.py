@@ -45,7 +45,7 @@ def n_steps(
     "round(tau * D), the DDIM steps that a noise level costs; ValueError when tau is outside (0, 1] or tau * D < 1."
     if not 0 < tau <= 1: raise ValueError(f"tau is {tau}; the noise level must lie in (0, 1] (1 runs the full chain)")
     if tau * n_ddim < 1 - 1e-9:    # 1e-9: tau = 1/49 times 49 may come out a hair below 1
-        raise ValueError(f"tau * n_ddim is {tau * n_ddim:g}; the chain needs at least one step: raise tau to {1 / n_ddim:g} or take more DDIM steps")
+        raise ValueError(f"tau * n_ddim is {tau * n_ddim:g}; the chain needs at least one step: raise tau to {1 / n_ddim:g} or n_ddim")
     return round(tau * n_ddim)
 
 def noise_timestep(
@@ -104,7 +104,8 @@ class Schedule:
     def at(self, t):
         "alpha_bar at training step t: a float for an int (final_alpha_bar for t < 0), a tensor (b,) for a LongTensor (b,)."
         if isinstance(t, Tensor) and t.ndim: return self.alpha_bar.to(t.device)[t]
-        if int(t) >= self.n_train: raise ValueError(f"timestep {int(t)} is outside the schedule 0..{self.n_train - 1}; take fewer DDIM steps")
+        if int(t) >= self.n_train:
+            raise ValueError(f"timestep {int(t)} is outside the schedule 0..{self.n_train - 1}; take fewer DDIM steps")
         return self.alpha_bar[int(t)].item() if t >= 0 else self.final_alpha_bar
 
     def timesteps(self, n_ddim:int, tau:float=1.0)->Tensor:
@@ -118,7 +119,7 @@ def per_sample(
 ): # float, or tensor (b, 1, ...) that multiplies z sample by sample
     "alpha_bar_t in a shape that broadcasts over the samples of z; ValueError when a value is outside [0, 1]."
     inside = ((0 <= alpha_bar_t) & (alpha_bar_t <= 1)).all() if isinstance(alpha_bar_t, Tensor) else 0 <= alpha_bar_t <= 1
-    if not inside: raise ValueError(f"alpha_bar_t is {alpha_bar_t}; it is a share of variance and must lie in [0, 1] (did you pass a timestep?)")
+    if not inside: raise ValueError(f"alpha_bar_t is {alpha_bar_t}; a share of variance must lie in [0, 1] (did you pass a timestep?)")
     if not isinstance(alpha_bar_t, Tensor) or alpha_bar_t.ndim == 0: return float(alpha_bar_t)
     return alpha_bar_t.to(z.device).reshape(-1, *[1] * (z.ndim - 1))
 
@@ -127,7 +128,7 @@ def corrupt(
     eps:Tensor, # noise, like z
     alpha_bar_t, # float in [0, 1], or one per sample (b,)
 )->Tensor: # z_t, like z
-    "z_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps, Eq. (5) of InstructVideo; ValueError on unequal shapes or alpha_bar_t outside [0, 1]."
+    "z_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps, Eq. (5) of InstructVideo; ValueError on unequal shapes or a level not in [0, 1]."
     if z.shape != eps.shape: raise ValueError(f"eps has shape {tuple(eps.shape)}; it must be that of z, {tuple(z.shape)}")
     alpha_bar_t = per_sample(alpha_bar_t, z)
     return (alpha_bar_t ** 0.5 * z + (1 - alpha_bar_t) ** 0.5 * eps).to(z.dtype)

@@ -45,5 +45,6 @@ def segmental_reward(
     "R = 1/S sum_i f_i r_i, Eq. (8) of InstructVideo; without weights the mean of Eq. (6); ValueError when shapes are not both (b, s)."
     if scores.ndim != 2: raise ValueError(f"scores have shape {tuple(scores.shape)}; expected (b, s), one score per chosen frame")
     if weights is None: return scores.mean(dim=1)
-    if weights.shape != scores.shape: raise ValueError(f"weights have shape {tuple(weights.shape)}; expected that of scores, {tuple(scores.shape)}")
+    if weights.shape != scores.shape:
+        raise ValueError(f"weights have shape {tuple(weights.shape)}; expected that of scores, {tuple(scores.shape)}")
     return (weights.to(scores) * scores).mean(dim=1)

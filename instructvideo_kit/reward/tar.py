@@ -27,7 +27,7 @@ def tar_weights(
     lam:float=1.0, # decay lambda_tar per frame; 0 gives plain means
     center:str='paper', # "paper" or "midpoint", see tar_center
 )->Tensor: # (b, s) weights in (0, 1], float
-    "f_i = exp(-lam |g(i) - centre|), Eq. (7) of InstructVideo; ValueError when lam < 0, a frame is outside 0..F-1 or the centre is unknown."
+    "f_i = exp(-lam |g(i) - centre|), Eq. (7) of InstructVideo; ValueError when lam < 0, a frame is not in 0..F-1 or the centre unknown."
     if not 0 <= lam < float('inf'): raise ValueError(f"lam is {lam}; the decay must be a finite number >= 0 (0 weighs all frames alike)")
     g = torch.as_tensor(g)
     if g.numel() and not 0 <= g.min() <= g.max() < n_frames:
