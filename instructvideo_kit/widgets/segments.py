@@ -38,7 +38,7 @@ def frame_lefts(
     gap:int=10, # pixels between segments
 )->list: # left edge of each frame, pixels
     "Where each frame stands on the strip: side by side, with a gap between segments."
-    return [f * (width + 2) + gap * sum(f >= b for b in bounds[1:-1]) for f in range(bounds[-1])]
+    return [3 + f * (width + 2) + gap * sum(f >= b for b in bounds[1:-1]) for f in range(bounds[-1])]
 
 def draw_bars(
     canvas, # PIL ImageDraw
@@ -54,7 +54,8 @@ def draw_bars(
         height = max(1, round(every[f] * (BARS - 14)))
         canvas.rectangle([left, top + BARS - height, left + width - 1, top + BARS], fill=CHOSEN if chosen else GREY)
         if chosen: canvas.text((left + 1, top + BARS - height - 13), f'{every[f]:.2g}' if every[f] < 0.01 else f'{every[f]:.2f}', fill=CHOSEN)
-    canvas.line([0, top + BARS, lefts[-1] + width, top + BARS], fill=RULE)
+        canvas.text((left + width // 2, top + BARS + 3), str(f), fill=CHOSEN if chosen else RULE, anchor='mt')
+    canvas.line([0, top + BARS, lefts[-1] + width + 2, top + BARS], fill=RULE)
 
 def segment_strip(
     video, # (f, 3, h, w) in [0, 1]
@@ -69,7 +70,7 @@ def segment_strip(
     n_frames, _, h, w = video.shape
     numbers = segment_numbers(n_frames, n_segments, lam, mode, center, seed)
     lefts, width, height = frame_lefts(numbers['bounds'], w * scale), w * scale, h * scale
-    sheet = Image.new('RGB', (lefts[-1] + width + 3, height + BARS + 10), 'white')
+    sheet = Image.new('RGB', (lefts[-1] + width + 3, height + BARS + 22), 'white')
     canvas = ImageDraw.Draw(sheet)
     for f, left in enumerate(lefts):
         sheet.paste(film_strip(video[f:f + 1], every=1, scale=scale), (left, 3))

@@ -65,9 +65,9 @@ def truncation_png(
     "Norm per step on a log scale, the last K in colour, the others behind the cut."
     n = len(profile.timesteps)
     colours = ['#d0d0d0'] * (n - grad_steps) + ['#1b7f79'] * grad_steps
-    figure = Figure(figsize=(7.2, 2.6), dpi=90, layout='constrained')
-    ax = figure.subplots()
-    ax.bar(range(n), profile.norms.clamp(min=1e-12), color=colours)
+    figure = Figure(figsize=(7.2, 2.6), dpi=90)
+    ax = figure.subplots(gridspec_kw=dict(left=0.1, right=0.99, bottom=0.2, top=0.9))
+    ax.bar(range(n), profile.norms.clamp(min=1e-12).tolist(), color=colours)
     ax.axvline(n - grad_steps - 0.5, color='#e06c32', lw=1.5)
     ax.set(yscale='log', xticks=range(n), xticklabels=profile.timesteps, xlabel='training step t, in the order of the chain', ylabel='norm of dL / d prediction')
     ax.set_title('no gradient left of the line' if grad_steps < n else 'the full chain', fontsize=9, color='#e06c32')
