@@ -1,0 +1,137 @@
+"The drawn world: determinism, splits, defects, words; and what its trained models can do on captions they never met."
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from instructvideo_kit.menagerie.captions import GROUPS, SPLITS, combinations, export_clips, group_of, prompts, scenes, split_of
+from instructvideo_kit.menagerie.defects import DEFECTS, render
+from instructvideo_kit.menagerie.oracle import Oracle, parse
+from instructvideo_kit.menagerie.tokens import menagerie_tokenizer, token_ids
+from instructvideo_kit.menagerie.world import MOTIONS, NAMES, PLACES, Scene
+
+every = [s for k in SPLITS for s in combinations(k)]
+a_scene = st.builds(Scene, st.sampled_from(NAMES), st.sampled_from(list(MOTIONS)), st.sampled_from(list(PLACES)), st.integers(0, 2 ** 31 - 1))
+few = settings(max_examples=15, deadline=None)
+
+
+def test_splits_are_disjoint_and_fixed():
+    by_split = {k: {s.caption for s in combinations(k)} for k in SPLITS}
+    assert not by_split["train"] & by_split["tune"] and not by_split["train"] & by_split["evaluation"] and not by_split["tune"] & by_split["evaluation"]
+    assert {k: len(v) for k, v in by_split.items()} == {"train": 1343, "tune": 254, "evaluation": 399}, "the split of shipped weights must not move"
+
+
+def test_every_evaluation_group_is_large_enough():
+    for group, names in GROUPS.items():
+        assert len(combinations("evaluation", group)) >= 8
+        assert {s.species for s in combinations("evaluation", group)} <= set(names)
+    assert all(group_of(p) == "new animals" for p in prompts(8, group="new animals"))
+
+
+def test_captions_parse_back_and_fit_the_tokenizer():
+    tokenizer = menagerie_tokenizer()
+    for scene in every:
+        assert parse(scene.caption) == scene
+        assert len(tokenizer.tokenize(scene.caption)) == len(scene.caption.split()) <= 14
+    with pytest.raises(ValueError, match="not a caption of the menagerie"): parse("barbary sheep")
+    assert token_ids(tokenizer, ["barbary sheep in a field of words that never ends and goes on and on"]).shape == (1, 16)
+
+
+@few
+@given(a_scene, st.integers(0, 15))
+def test_a_frame_alone_is_the_frame_of_the_clip(scene, frame):
+    scene = replace(scene, defects=(("noise", .5), ("flicker", .5), ("jitter", .5)))
+    clip, alone = render([scene])[0], render([scene], torch.tensor([[frame]]))[0, 0]
+    assert clip.min() >= 0 and clip.max() <= 1 and torch.isfinite(clip).all()
+    assert (clip[frame] - alone).abs().max() < 1e-5
+
+
+@few
+@given(st.lists(a_scene, min_size=2, max_size=4))
+def test_a_clip_does_not_depend_on_its_batch(scenes):
+    assert (render(scenes)[-1] - render(scenes[-1:])[0]).abs().max() < 1e-5
+    assert torch.equal(render(scenes), render(scenes))
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_stronger_defect_is_further_from_clean(defect):
+    plain = scenes("evaluation", 8, seed=1, clean=True)
+    clean = render(plain)
+    away = [(render([replace(s, defects=((defect, k),)) for s in plain]) - clean).abs().mean().item() for k in (.3, .6, 1.)]
+    assert 0 < away[0] < away[1] < away[2]
+
+
+@pytest.mark.parametrize("change, says", [({"species": "unicorn"}, "unicorn"), ({"motion": "sideways"}, "sideways"), ({"place": "moon"}, "moon"),
+                                          ({"defects": (("blurr", .5),)}, "blur"), ({"defects": (("blur", 1.5),)}, "1.5")])
+def test_bad_scenes_are_refused(change, says):
+    with pytest.raises(ValueError, match=says): render([replace(Scene("fox", "left", "meadow"), **change)])
+
+
+def test_too_many_prompts_are_refused():
+    with pytest.raises(ValueError, match="5000"): prompts(5000)
+    with pytest.raises(ValueError, match="no split"): combinations("test")
+
+
+def test_exported_clips_are_read_back(tmp_path):
+    from instructvideo_kit.video import ClipFolder
+    folder = export_clips(tmp_path / "clips", n=3, seed=2)
+    clips, drawn = ClipFolder.open(folder, 16, (32, 32)), scenes("tune", 3, seed=2)
+    assert list(clips.captions) == [s.caption for s in drawn]
+    for (clip, _), s in zip([clips[i] for i in range(3)], drawn): assert (clip - render([s])[0]).abs().mean() < .03
+
+
+def test_the_oracle_reads_renders_of_unseen_captions():
+    oracle, test = Oracle.from_pretrained(), scenes("evaluation", 96, seed=3, clean=True)
+    figures = oracle(render(test), [s.caption for s in test])
+    assert figures["species"].mean() > .85 and figures["place"].mean() > .97 and figures["direction"].nanmean() > .9
+    shuffled = oracle(render(test), [s.caption for s in test[1:] + test[:1]])
+    assert shuffled["species"].mean() < .2, "an oracle that says right to everything is none"
+
+
+def test_the_oracle_opposes_directions():
+    oracle = Oracle.from_pretrained()
+    left = [Scene(s, "left", "meadow", i) for i, s in enumerate(NAMES[:24])]
+    wrong = [replace(s, motion="right").caption for s in left]
+    assert oracle(render(left), [s.caption for s in left])["direction"].mean() > .85
+    assert oracle(render(left), wrong)["direction"].mean() < .1
+    assert oracle(render(left).flip(1), [s.caption for s in left])["direction"].mean() < .7, "played backwards, a clip no longer goes left"
+
+
+def test_the_judge_prefers_what_is_better():
+    from instructvideo_kit.menagerie.judge import judge_accuracy
+    from instructvideo_kit.reward.clip import ClipReward
+    accuracy = judge_accuracy(ClipReward.from_pretrained("menagerie"), n=96, seed=5)
+    assert accuracy["wrong caption"] > .85 and all(v > .8 for v in accuracy.values()), accuracy
+
+
+def test_a_half_written_checkpoint_is_not_loaded(tmp_path):
+    from instructvideo_kit.menagerie.training import Run, fit
+    net = torch.nn.Linear(2, 1)
+    loss = lambda step: net(torch.ones(1, 2)).square().sum()
+    fit(Run(tmp_path, {"m": net}, 4), loss, every=2)
+    (tmp_path / "checkpoint.tmp").write_bytes(b"half a checkpoint")
+    assert Run(tmp_path, {"m": torch.nn.Linear(2, 1)}, 4).resume() == 4
+
+
+def test_pictures_only_restores_the_temporal_layers():
+    from instructvideo_kit.menagerie.models import new_unet, pictures_only
+    torch.manual_seed(0)
+    unet, z, text = new_unet(width=(16, 16), text_width=16).eval(), torch.randn(1, 20, 3, 8, 8), torch.randn(1, 4, 16)
+    for m in unet.modules():
+        if type(m).__name__ == "TransformerTemporalModel": torch.nn.init.normal_(m.proj_out.weight)
+    with torch.no_grad():
+        before = unet(z, 10, text).sample
+        with pictures_only(unet): without = unet(z, 10, text).sample
+        assert torch.equal(before, unet(z, 10, text).sample) and not torch.allclose(before, without, atol=1e-3)
+
+
+def test_the_pool_replaces_its_oldest():
+    from instructvideo_kit.menagerie.models import Pool
+    vae = SimpleNamespace(config=SimpleNamespace(latent_channels=3), encode=lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: x[..., ::4, ::4])))
+    pool = Pool(vae, menagerie_tokenizer(), 1, 12, 0)
+    for k in range(4): pool.add(5, [k])
+    assert pool.filled == 12 and pool.at == 20 % 12
+    z, ids = pool.batch(200, 0)
+    assert z.shape == (200, 3, 1, 8, 8) and .02 < (ids == token_ids(menagerie_tokenizer(), [""])).all(1).float().mean() < .25
