@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from tiny import tiny_pipeline  # noqa: E402
 
-SMALL = dict(n_ddim=5, tau=.6, guidance_scale=None, batch=2, rank=2, lr=1e-2, steps=6, save_every=2, clamp="straight")
+SMALL = dict(n_ddim=5, tau=.4, guidance_scale=1., batch=2, rank=2, lr=1e-2, steps=4, save_every=2, clamp="straight") # a chain of two steps
 
 
 def redness(frames, prompts): # curved, so that the gradient depends on the frame
@@ -60,7 +60,7 @@ def test_two_stage_backward_equals_autograd(folder, options):
     policy = open_policy(folder).to(torch.float64)
     lora = add_lora(policy, rank=2)
     for i, p in enumerate(lora): p.data = .1*torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-    config = InstructVideoConfig(**{**SMALL, "tau": .4, "frames_at_once": 1, **options})
+    config = InstructVideoConfig(**{**SMALL, "guidance_scale": 3., "frames_at_once": 1, **options})
     prompts, generators = ["a red cat", "a dog runs"], [example_generator(0, p) for p in range(2)]
     z, eps = draw_noise(policy.latent_shape, generators).double(), draw_noise(policy.latent_shape, generators).double()
     g = segment_frames(policy.n_frames, 4, 2, generator=generators[0])
@@ -130,8 +130,8 @@ import sys, warnings; warnings.simplefilter("ignore")
 sys.path.insert(0, {here!r})
 from test_tuning import *
 policy = open_policy({folder!r})
-slow = lambda frames, prompts: (time.sleep(.1), redness(frames, prompts))[1]
-tune(policy, slow, some_clips(policy), InstructVideoConfig(**{{**SMALL, "steps": 12, "dropout": True, "augment_noise": .05}}), {run!r}, progress=False)
+slow = lambda frames, prompts: (time.sleep(.2), redness(frames, prompts))[1]
+tune(policy, slow, some_clips(policy), InstructVideoConfig(**{{**SMALL, "steps": 8, "dropout": True, "augment_noise": .05}}), {run!r}, progress=False)
 """
 
 
@@ -141,15 +141,15 @@ def start(folder, run):
 
 
 def test_killed_and_resumed_run_has_the_losses_of_an_uninterrupted_one(patch_folder, tmp_path):
-    config = InstructVideoConfig(**{**SMALL, "steps": 12, "dropout": True, "augment_noise": .05})
+    config = InstructVideoConfig(**{**SMALL, "steps": 8, "dropout": True, "augment_noise": .05})
     slow = lambda frames, prompts: redness(frames, prompts)
     child = start(patch_folder, tmp_path/"killed")
     policy = open_policy(patch_folder)
     straight = tune(policy, slow, some_clips(policy), config, tmp_path/"straight", progress=False).rows()
-    while len(read_log(tmp_path/"killed")) < 5 and child.poll() is None: time.sleep(.02)
+    while len(read_log(tmp_path/"killed")) < 3 and child.poll() is None: time.sleep(.02)
     child.send_signal(signal.SIGKILL); assert child.wait() == -signal.SIGKILL
     before = read_log(tmp_path/"killed")
-    assert 5 <= len(before) < 12
+    assert 3 <= len(before) < 8
     policy = open_policy(patch_folder)
     after = tune(policy, slow, some_clips(policy), config, tmp_path/"killed", resume=True, progress=False).rows()
     figures = lambda rows: [[r[k] for k in ("step", "loss", "reward", "grad_norm")] for r in rows]
@@ -160,11 +160,11 @@ def test_killed_and_resumed_run_has_the_losses_of_an_uninterrupted_one(patch_fol
 def test_a_half_written_checkpoint_is_never_loaded(patch_folder, tmp_path):
     config, clips = InstructVideoConfig(**SMALL), some_clips(open_policy(patch_folder))
     whole = tune(open_policy(patch_folder), redness, clips, config, tmp_path/"run", progress=False).rows()
-    for damage in ("optimizer.pt", "pytorch_lora_weights.safetensors", "state.json"):
+    for damage in ("optimizer.pt", "state.json"):
         last = RunFolder(tmp_path/"run").checkpoints()[-1]
         with open(last/damage, "r+b") as f: f.truncate(10)
         assert not complete(last)
-        (tmp_path/"run/checkpoints/step-000099.tmp").mkdir(exist_ok=True)
+        (tmp_path/"run/checkpoints/step-000099.tmp").mkdir(exist_ok=True) # killed while saving
         again = tune(open_policy(patch_folder), redness, clips, config, tmp_path/"run", resume=True, progress=False)
         assert [r["loss"] for r in again.rows()] == [r["loss"] for r in whole]
     assert not list((tmp_path/"run").rglob(".*"))
@@ -234,6 +234,13 @@ def test_presets_that_are_wrong(tmp_path, text, says):
     (tmp_path/"p.yaml").write_text(text + "\n")
     with pytest.raises(KitError, match=says.replace("[", r"\[")) as error: load_preset(tmp_path/"p.yaml", InstructVideoConfig)
     assert "\n" not in str(error.value)
+
+
+def test_half_precision_on_a_cpu_is_refused(patch_folder, tmp_path):
+    policy = open_policy(patch_folder)
+    with pytest.raises(KitError, match="needs a GPU"):
+        tune(policy, redness, some_clips(policy), InstructVideoConfig(**SMALL, mixed_precision="fp16"), tmp_path/"run", progress=False)
+    assert not (tmp_path/"run").exists()
 
 
 def test_unknown_preset_names_the_near_ones():

@@ -48,7 +48,7 @@ class InstructVideoConfig(TrainerConfig):
 
     def check(self):
         super().check()
-        for name in ("n_segments", "rank"): need(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected 1 or more")
+        for name in ("n_ddim", "n_segments", "rank"): need(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected 1 or more")
         for name in ("lam_tar", "offset_noise", "augment_shift", "augment_noise", "frames_at_once"):
             need(0 <= getattr(self, name) < float("inf"), f"{name} is {getattr(self, name)}, expected 0 or more")
         known = dict(frames=("random", "first", "middle"), tar_center=("paper", "midpoint"), loss=("-R", "1-R"), clamp=("zero", "straight"))
@@ -228,7 +228,8 @@ def tune(
     "Reward fine-tuning of section 3.3 of InstructVideo: a LoRA, a log and checkpoints in run_dir; KitError for bad input, before anything is written."
     config = config or InstructVideoConfig()
     captions, accelerator = check_inputs(policy, clips, config), make_accelerator(config, policy.device)
-    if accelerator.device != policy.device: policy.to(accelerator.device)
+    for part in (policy, reward):
+        if hasattr(part, "to"): part.to(accelerator.device)
     inputs = {"clips": fingerprint(captions), "policy": policy.name, "reward": getattr(reward, "name", getattr(reward, "__name__", type(reward).__name__))}
     run = RunFolder.open(run_dir, config, _not_in_config(inputs, config), resume) if accelerator.is_main_process else RunFolder(run_dir)
     accelerator.wait_for_everyone()

@@ -264,11 +264,14 @@ def make_accelerator(
     config, # TrainerConfig: mixed_precision, grad_accum
     device=None, # where the policy is; "cpu" keeps it there
 )->Accelerator:
-    "Accelerate's view of device, precision and processes."
+    "Accelerate's view of device, precision and processes; KitError for fp16 on the CPU."
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         AcceleratorState._reset_state() # one process may tune twice with different precision
     cpu = device is not None and torch.device(device).type == "cpu"
-    return Accelerator(cpu=cpu, mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.grad_accum)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.grad_accum)
+    on_cpu = accelerator.device.type == "cpu"
+    need(not (on_cpu and config.mixed_precision == "fp16"), 'mixed_precision is "fp16", which needs a GPU; on the CPU give "no" or "bf16"')
+    return accelerator
 
 def memory_mb(
     device, # torch.device
@@ -330,8 +333,8 @@ class Trainer:
     def _check_finite(self, row):
         skip = () if self.accelerator.scaler is None else ("grad_norm",) # fp16 overflows now and then: the scaler skips that step
         bad = [k for k, v in row.items() if k not in skip and not np.isfinite(v)]
-        need(not bad, f"step {self.step + 1}: {' and '.join(bad)} is not finite, stopped before the weights moved; last good checkpoint: "
-             f"{last_name(self.run)}; try a smaller lr (now {self.config.lr:g}) or max_grad_norm, or mixed_precision \"no\"")
+        if bad: raise KitError(f"step {self.step + 1}: {' and '.join(bad)} {'is' if len(bad) == 1 else 'are'} not finite, stopped before the weights moved; "
+            f"last good checkpoint: {last_name(self.run)}; try a smaller lr (now {self.config.lr:g}), max_grad_norm, or mixed_precision \"no\"")
         for k in skip: row[k] = min(row[k], 3e38) if row[k] == row[k] else -1. # JSON has no inf or nan
 
     def save(self):
