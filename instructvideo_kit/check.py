@@ -32,7 +32,8 @@ def _short(
     x, # an input or an answer
 )->str:
     "A value in one line."
-    text = f'tensor of shape {tuple(x.shape)}' if torch.is_tensor(x) and x.numel() > 8 else f'{x.tolist()}' if torch.is_tensor(x) else repr(x)
+    if torch.is_tensor(x): text = f'{x.tolist()}' if x.ndim < 2 else f'a tensor of shape {tuple(x.shape)}'
+    else: text = repr(x)
     return text if len(text) < 120 else f'{text[:80]} ... {text[-30:]}'
 
 def _call(

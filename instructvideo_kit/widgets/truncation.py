@@ -62,16 +62,18 @@ def truncation_png(
     profile:GradientProfile,
     grad_steps:int, # K
 )->bytes: # a PNG
-    "Norm per step on a log scale, the last K in colour, the others behind the cut."
+    "Norm per step, the last K in colour, the others behind the cut; above each bar how many times the last step's it is."
     n = len(profile.timesteps)
-    colours = ['#d0d0d0'] * (n - grad_steps) + ['#1b7f79'] * grad_steps
+    norms, title = profile.norms.clamp(min=1e-12).tolist(), {0: 'no step carries a gradient', n: 'the full chain'}.get(grad_steps, 'no gradient left of the line')
     figure = Figure(figsize=(7.2, 2.6), dpi=90)
-    ax = figure.subplots(gridspec_kw=dict(left=0.1, right=0.99, bottom=0.2, top=0.9))
-    ax.bar(range(n), profile.norms.clamp(min=1e-12).tolist(), color=colours)
+    ax = figure.subplots(gridspec_kw=dict(left=0.1, right=0.99, bottom=0.2, top=0.88))
+    ax.bar(range(n), norms, color=['#d0d0d0'] * (n - grad_steps) + ['#1b7f79'] * grad_steps)
+    for i, norm in enumerate(norms): ax.text(i, norm, f'x {norm / norms[-1]:.2g}', ha='center', va='bottom', fontsize=8)
     ax.axvline(n - grad_steps - 0.5, color='#e06c32', lw=1.5)
-    ax.set(yscale='log', xticks=range(n), xticklabels=profile.timesteps, xlabel='training step t, in the order of the chain', ylabel='norm of dL / d prediction')
-    ax.set_title('no gradient left of the line' if grad_steps < n else 'the full chain', fontsize=9, color='#e06c32')
+    ax.set(xticks=range(n), xticklabels=profile.timesteps, xlabel='training step t, in the order of the chain', ylabel='norm of dL / d prediction')
+    ax.set_title(title, fontsize=9, color='#e06c32')
     ax.spines[['top', 'right']].set_visible(False)
+    ax.ticklabel_format(axis='y', scilimits=(-2, 2))
     figure.savefig(buffer := io.BytesIO(), format='png')
     return buffer.getvalue()
 
