@@ -121,20 +121,21 @@ def v_loss(
     ids, # token ids (b, n)
     alpha_bar, # (n_train,)
     g, # torch Generator of timesteps and noise
-    gamma:float=5., # min-SNR clamp
+    gamma=5., # min-SNR clamp; None weighs all timesteps alike
 ):
-    "Min-SNR weighted v-prediction error of a batch, a scalar."
+    "v-prediction error of a batch, min-SNR weighted, a scalar."
     t, eps = spread_timesteps(len(z), g, len(alpha_bar)), torch.randn(z.shape, generator=g)
     a = rearrange(alpha_bar[t], "b -> b 1 1 1 1")
     target = a.sqrt() * eps - (1 - a).sqrt() * z
     out = unet(corrupt(z, eps, a), t, text_encoder(ids).last_hidden_state).sample
     snr = alpha_bar[t] / (1 - alpha_bar[t])
-    return ((out.float() - target).square().mean((1, 2, 3, 4)) * snr.clamp(max=gamma) / (snr + 1)).mean()
+    weight = 1. if gamma is None else snr.clamp(max=gamma) / (snr + 1)
+    return ((out.float() - target).square().mean((1, 2, 3, 4)) * weight).mean()
 
-# %% ../../nbs/menagerie/08_models.ipynb #fad5b76f
-PHASES = { # frames per sample, batch, pool size, first fill, drawn per step, learning rate, moving average
-    "pictures": dict(n_frames=1, batch=128, pool=30000, first=6000, fresh=24, peak=1e-3, ema=.9995),
-    "clips": dict(n_frames=16, batch=8, pool=3000, first=400, fresh=2, peak=5e-4, ema=.999),
+# %% ../../nbs/menagerie/08_models.ipynb #3971f6ea
+PHASES = { # frames per sample, batch, pool size, first fill, drawn per step, learning rate, moving average, min-SNR
+    "pictures": dict(n_frames=1, batch=128, pool=30000, first=6000, fresh=24, peak=1e-3, ema=.9995, gamma=5.),
+    "clips": dict(n_frames=16, batch=8, pool=3000, first=400, fresh=2, peak=5e-4, ema=.999, gamma=None),
 }
 
 def train_phase(
@@ -154,7 +155,7 @@ def train_phase(
         pool.add(p["fresh"], [seed, 17, step])
         z, ids = pool.batch(p["batch"], [seed, 18, step])
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH), skip(modules["unet"]):
-            return v_loss(modules["unet"], modules["text_encoder"], z, ids, alpha_bar, torch.Generator().manual_seed(seed * 10 ** 7 + step))
+            return v_loss(modules["unet"], modules["text_encoder"], z, ids, alpha_bar, torch.Generator().manual_seed(seed * 10 ** 7 + step), p["gamma"])
     return fit(run, loss_of, label=phase)
 
 # %% ../../nbs/menagerie/08_models.ipynb #47ed8186

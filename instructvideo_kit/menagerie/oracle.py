@@ -78,8 +78,8 @@ def disturb(clips, g):
 # %% ../../nbs/menagerie/06_oracle.ipynb #52bb4dbc
 def train_oracle(
     folder, # of the run: checkpoint and log
-    steps:int=1500, # optimiser steps
-    n_clips:int=3000, # renders
+    steps:int=1200, # optimiser steps
+    n_clips:int=2500, # renders
     batch:int=32, # clips a step
     seed:int=0, # of the renders
 )->OracleNet:
