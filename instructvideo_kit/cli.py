@@ -223,12 +223,12 @@ def evaluate(
 # %% ../nbs/95_cli.ipynb #1eafc6a8
 PARTS = {"policy": "policy", "judge": "reward", "oracle": "oracle"} # part -> kind of weights
 
-def _train(part, out, steps, picture_steps, seed):
+def _train(part, out, steps, picture_steps, seed, start=None):
     "Train a part; its finished folder."
     given = {"seed": seed} | ({"steps": steps} if steps else {})
     if part == "policy":
         from instructvideo_kit.menagerie.models import train_policy
-        chosen = {"clip_steps": steps, "picture_steps": picture_steps}
+        chosen = {"clip_steps": steps, "picture_steps": picture_steps, "start": start}
         return train_policy(out, seed=seed, **{k: v for k, v in chosen.items() if v is not None})
     if part == "judge":
         from instructvideo_kit.menagerie.judge import save_judge, train_judge
@@ -244,6 +244,7 @@ def _ship(folder, kind):
     beside, old = target.with_name(".menagerie.tmp"), target.with_name(".menagerie.old")
     for p in (beside, old): shutil.rmtree(p, ignore_errors=True)
     shutil.copytree(folder, beside)
+    for card in (*target.glob("*.md"), *target.glob("*.jsonl")): shutil.copy(card, beside) # the card and the logs stay, to be brought up to date
     if target.exists(): target.rename(old)
     beside.rename(target); shutil.rmtree(old, ignore_errors=True)
     return target
@@ -254,13 +255,14 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; goes on from the checkpoint in it.")],
     steps: Annotated[Optional[int], typer.Option(min=1, help="Optimiser steps (policy: of its second phase, on clips).")] = None,
     picture_steps: Annotated[Optional[int], typer.Option(min=0, help="Policy: steps of its first phase, on single pictures.")] = None,
+    start: Annotated[Optional[str], typer.Option(help="Policy: go on from this pipeline directory, or from the shipped one: menagerie.")] = None,
     seed: Seed = 0,
     ship: Annotated[bool, typer.Option("--ship", help="Put the result in place of the shipped weights.")] = False,
 ):
     "Train a model of the menagerie from nothing (hours for the policy, minutes for judge and oracle)."
     if part not in PARTS: raise KitError(f'--part is "{part}"; {near(part, PARTS)}')
     prepare()
-    folder = _train(part, out, steps, picture_steps, seed)
+    folder = _train(part, out, steps, picture_steps, seed, start)
     typer.echo(f"{part}: {_ship(folder, PARTS[part]) if ship else folder}")
 
 @menagerie.command()
