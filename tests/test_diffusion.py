@@ -281,3 +281,8 @@ def test_toy_model_walks_back_to_the_clip(kind):
     with torch.no_grad(): z_0 = denoise(ToyDenoiser(clips, schedule, spread=0.0), z_t, ddim_timesteps(20, tau=0.6), schedule)
     assert len(set(captions)) == 6
     assert (z_0 - clips).abs().max() < 0.2 and (z_0 - clips).std() < 0.04               # what remains is the noise of alpha_bar[0]
+
+
+def test_a_chain_of_no_steps_is_refused():
+    from instructvideo_kit.diffusion.schedule import n_steps
+    with pytest.raises(ValueError, match="n_ddim is 0"): n_steps(.5, 0)
