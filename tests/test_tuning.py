@@ -130,7 +130,7 @@ import sys, warnings; warnings.simplefilter("ignore")
 sys.path.insert(0, {here!r})
 from test_tuning import *
 policy = open_policy({folder!r})
-slow = lambda frames, prompts: (time.sleep(.2), redness(frames, prompts))[1]
+slow = lambda frames, prompts: (time.sleep(.4), redness(frames, prompts))[1]
 tune(policy, slow, some_clips(policy), InstructVideoConfig(**{{**SMALL, "steps": 8, "dropout": True, "augment_noise": .05}}), {run!r}, progress=False)
 """
 
@@ -143,9 +143,9 @@ def start(folder, run):
 def test_killed_and_resumed_run_has_the_losses_of_an_uninterrupted_one(patch_folder, tmp_path):
     config = InstructVideoConfig(**{**SMALL, "steps": 8, "dropout": True, "augment_noise": .05})
     slow = lambda frames, prompts: redness(frames, prompts)
-    child = start(patch_folder, tmp_path/"killed")
     policy = open_policy(patch_folder)
     straight = tune(policy, slow, some_clips(policy), config, tmp_path/"straight", progress=False).rows()
+    child = start(patch_folder, tmp_path/"killed") # after the other run, so that a busy machine does not let it end before it is killed
     while len(read_log(tmp_path/"killed")) < 3 and child.poll() is None: time.sleep(.02)
     child.send_signal(signal.SIGKILL); assert child.wait() == -signal.SIGKILL
     before = read_log(tmp_path/"killed")
