@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 import yaml
 
 from instructvideo_kit.files import KitError, shipped
@@ -154,7 +155,8 @@ def test_killed_and_resumed_run_has_the_losses_of_an_uninterrupted_one(patch_fol
     after = tune(policy, slow, some_clips(policy), config, tmp_path/"killed", resume=True, progress=False).rows()
     figures = lambda rows: [[r[k] for k in ("step", "loss", "reward", "grad_norm")] for r in rows]
     assert figures(after) == figures(straight) and figures(before) == figures(straight)[:len(before)]
-    assert (tmp_path/"killed/lora/pytorch_lora_weights.safetensors").read_bytes() == (tmp_path/"straight/lora/pytorch_lora_weights.safetensors").read_bytes()
+    one, other = (load_file(tmp_path/name/"lora/pytorch_lora_weights.safetensors") for name in ("killed", "straight")) # not bytes: the header's order is free
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_a_half_written_checkpoint_is_never_loaded(patch_folder, tmp_path):
