@@ -88,8 +88,9 @@ def test_schedule_reads_a_diffusers_scheduler():
     assert (ours.n_train, ours.prediction_type, ours.final_alpha_bar, ours.steps_offset) == (1000, "v_prediction", 1.0, 1)
     assert Schedule.from_scheduler(scheduler()).final_alpha_bar == scheduler().alphas_cumprod[0].item()
     assert Schedule.modelscope("v_prediction").final_alpha_bar == scheduler().alphas_cumprod[0].item()
-    with pytest.warns(UserWarning, match="clip_sample.*trailing"):
-        Schedule.from_scheduler(DDIMScheduler(clip_sample=True, timestep_spacing="trailing"))
+    with pytest.warns(UserWarning, match="clip_sample: ignored"):
+        trailing = Schedule.from_scheduler(DDIMScheduler(clip_sample=True, timestep_spacing="trailing"))
+    assert trailing.timesteps(20, .1).tolist() == [99, 49]
 
 @given(st.floats(0, 1), st.integers(0, 99))
 def test_corrupt_keeps_the_variance_and_mixes_linearly(alpha_bar_t, seed):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+from .prediction import (
+    check_prediction_type, epsilon_to_x0, flow_to_epsilon, flow_to_x0, v_to_epsilon, v_to_x0, x0_to_epsilon, x0_to_flow, x0_to_v)
 from .schedule import Schedule, per_sample
 
 # %% ../../nbs/diffusion/01_sampling.ipynb #22410794
@@ -17,27 +19,26 @@ def to_x0_eps(
     prediction:Tensor, # what the network returned, like z_t
     z_t:Tensor, # noisy latents (b, ...)
     alpha_bar_t, # float in (0, 1), or one per sample (b,)
-    prediction_type:str, # "epsilon" or "v_prediction"
+    prediction_type:str, # one of PREDICTION_TYPES
 )->tuple: # (x0, eps), both like z_t
     "Clean latents and noise that a prediction stands for; z_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps holds for them."
     alpha_bar_t = per_sample(alpha_bar_t, z_t)
-    a, s = alpha_bar_t ** 0.5, (1 - alpha_bar_t) ** 0.5
-    if prediction_type == 'epsilon': return (z_t - s * prediction) / a, prediction
-    if prediction_type == 'v_prediction': return a * z_t - s * prediction, a * prediction + s * z_t
-    raise ValueError(f"prediction_type is {prediction_type!r}; known are 'epsilon' and 'v_prediction'")
+    check_prediction_type(prediction_type)
+    if prediction_type == 'epsilon': return epsilon_to_x0(prediction, z_t, alpha_bar_t), prediction
+    if prediction_type == 'v_prediction': return v_to_x0(prediction, z_t, alpha_bar_t), v_to_epsilon(prediction, z_t, alpha_bar_t)
+    return flow_to_x0(prediction, z_t, alpha_bar_t), flow_to_epsilon(prediction, z_t, alpha_bar_t)
 
 def from_x0(
     x0:Tensor, # clean latents (b, ...)
     z_t:Tensor, # noisy latents, like x0
     alpha_bar_t, # float in (0, 1), or one per sample (b,)
-    prediction_type:str, # "epsilon" or "v_prediction"
+    prediction_type:str, # one of PREDICTION_TYPES
 )->Tensor: # the prediction that stands for x0, like z_t
     "The network output that means x0: to_x0_eps backwards."
     alpha_bar_t = per_sample(alpha_bar_t, z_t)
-    a, s = alpha_bar_t ** 0.5, (1 - alpha_bar_t) ** 0.5
-    if prediction_type == 'epsilon': return (z_t - a * x0) / s
-    if prediction_type == 'v_prediction': return (a * z_t - x0) / s
-    raise ValueError(f"prediction_type is {prediction_type!r}; known are 'epsilon' and 'v_prediction'")
+    check_prediction_type(prediction_type)
+    convert = {'epsilon': x0_to_epsilon, 'v_prediction': x0_to_v, 'flow_prediction': x0_to_flow}[prediction_type]
+    return convert(x0, z_t, alpha_bar_t)
 
 # %% ../../nbs/diffusion/01_sampling.ipynb #e8a1f7e0
 def ddim_step(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .prediction import check_prediction_type, rectified_alpha_bar, shift_sigma
+
 # %% ../../nbs/diffusion/00_schedule.ipynb #fea1bb12
 def scaled_linear(
     n_train:int=1000, # T, number of training steps
@@ -31,11 +33,15 @@ def ddim_to_ddpm(
     i:int, # DDIM step, 1-based: 1 is the last step taken, n_ddim the first
     n_ddim:int, # D, DDIM steps of the full chain
     n_train:int=1000, # T, steps of the training schedule
-)->int: # training step, 1 for i = 1
+    spacing:str='leading', # "leading" (Eq. 3), "trailing" (ends at T - 1) or "linspace" (0 and T - 1, both)
+)->int: # training step; 1 for i = 1 when spacing is "leading"
     "d(i), training step of the i-th DDIM step, Eq. (3) of InstructVideo; ValueError unless 1 <= i <= D <= T."
     _check_n_ddim(n_ddim, n_train)
     if not 1 <= i <= n_ddim: raise ValueError(f"DDIM step i is {i}; it is 1-based and must lie in 1..{n_ddim}")
-    return (i - 1) * (n_train // n_ddim) + 1
+    if spacing == 'leading': return (i - 1) * (n_train // n_ddim) + 1
+    if spacing == 'trailing': return round(i * n_train / n_ddim) - 1
+    if spacing == 'linspace': return round((i - 1) * (n_train - 1) / (n_ddim - 1)) if n_ddim > 1 else n_train - 1
+    raise ValueError(f"spacing is {spacing!r}; known are 'leading', 'trailing' and 'linspace'")
 
 # %% ../../nbs/diffusion/00_schedule.ipynb #4de22eaa
 def n_steps(
@@ -63,23 +69,35 @@ def ddim_timesteps(
     n_ddim:int, # D
     n_train:int=1000, # T
     tau:float=1.0, # noise level, in (0, 1]
-)->Tensor: # (round(tau * D),) long, descending, ends with 1
+    spacing:str='leading', # as ddim_to_ddpm
+)->Tensor: # (round(tau * D),) long, descending, ends with 1 when spacing is "leading"
     "Training steps d(tau * D), ..., d(2), d(1) that the (partial) DDIM chain visits; ValueError as noise_timestep."
     _check_n_ddim(n_ddim, n_train)
-    return torch.tensor([ddim_to_ddpm(i, n_ddim, n_train) for i in range(n_steps(tau, n_ddim), 0, -1)])
+    return torch.tensor([ddim_to_ddpm(i, n_ddim, n_train, spacing) for i in range(n_steps(tau, n_ddim), 0, -1)])
 
-# %% ../../nbs/diffusion/00_schedule.ipynb #25acaafe
+# %% ../../nbs/diffusion/00_schedule.ipynb #dfbb5200
+_FLOW = "FlowMatchEulerDiscreteScheduler, or UniPCMultistepScheduler with use_flow_sigmas"
+
+def _warn_ignored(config):
+    "Say which settings of a diffusers scheduler the chain leaves aside."
+    names = ('clip_sample', 'thresholding', 'use_dynamic_shifting', 'shift_terminal', 'use_exponential_sigmas', 'use_beta_sigmas', 'invert_sigmas')
+    ignored = [k for k in names if config.get(k)]
+    if ignored: warnings.warn(f"the scheduler asks for {', '.join(ignored)}: ignored, the chain is first-order DDIM without clipping")
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     "What a sampler must know about a model's noise: alpha_bar per training step, what the network predicts, where the chain ends."
-    alpha_bar: Tensor # (n_train,) float32, diffusers' alphas_cumprod
-    prediction_type: str = 'epsilon' # "epsilon" or "v_prediction"
+    alpha_bar: Tensor # (n_train,) diffusers' alphas_cumprod; float64 where it comes so close to 1 that float32 would round the noise away
+    prediction_type: str = 'epsilon' # one of PREDICTION_TYPES
     final_alpha_bar: float = 1.0 # alpha_bar after the last step; ModelScope: alpha_bar[0], not 1
-    steps_offset: int = 1 # the last timestep of the grid
+    steps_offset: int = 1 # the last timestep of the grid, where spacing is "leading"
+    spacing: str = 'leading' # as ddim_to_ddpm
+    times: Tensor = None # (n_train,) what the network is told at each training step; None: its number
 
     def __post_init__(self):
-        if self.prediction_type not in ('epsilon', 'v_prediction'):
-            raise ValueError(f"prediction_type is {self.prediction_type!r}; known are 'epsilon' and 'v_prediction'")
+        check_prediction_type(self.prediction_type)
+        if self.prediction_type == 'epsilon' and self.alpha_bar.min() <= 0:
+            raise ValueError("alpha_bar reaches 0, where an epsilon prediction says nothing of the clip: expected v_prediction or flow_prediction")
 
     @property
     def n_train(self)->int:
@@ -93,14 +111,36 @@ class Schedule:
         return cls(alpha_bar, prediction_type, alpha_bar[0].item())
 
     @classmethod
+    def rectified(cls, shift:float=1.0, n_train:int=1000, end:float=0.0, whole:bool=False)->'Schedule':
+        "Flow matching: sigma = shift_sigma(y, shift) with y even from `end` (left out) to 1; the network is told 1000 sigma, cut to `whole` numbers if asked."
+        y = end + (1 - end) * torch.arange(1, n_train + 1, dtype=torch.float64) / n_train
+        sigma = shift_sigma(y, shift)
+        if whole: sigma = sigma.clamp(max=1 - 1e-6) # UniPC begins a hair below 1, so that pure noise is told 999
+        times = (n_train * sigma).floor() if whole else n_train * sigma
+        return cls(rectified_alpha_bar(sigma), 'flow_prediction', spacing='trailing', times=times.float())
+
+    @classmethod
+    def karras(cls, sigma_min:float=0.002, sigma_max:float=700.0, rho:float=7.0, n_train:int=1000)->'Schedule':
+        "Stable Video Diffusion: sigmas of Karras et al. (2022), even in sigma^(1/rho); the network is told ln(sigma) / 4."
+        roots = torch.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), n_train, dtype=torch.float64)
+        sigma = roots ** rho
+        return cls(1 / (1 + sigma ** 2), 'v_prediction', spacing='linspace', times=(sigma.log() / 4).float())
+
+    @classmethod
     def from_scheduler(cls, scheduler)->'Schedule':
-        "The schedule of a diffusers scheduler; warns about settings that our chain does not follow."
-        config, alpha_bar = scheduler.config, scheduler.alphas_cumprod.float().cpu()
-        ignored = [k for k in ('clip_sample', 'thresholding') if config.get(k)]
-        if config.get('timestep_spacing', 'leading') != 'leading': ignored.append(f"timestep_spacing={config['timestep_spacing']!r}")
-        if ignored: warnings.warn(f"the scheduler asks for {', '.join(ignored)}: ignored, latents are not clipped and spacing is 'leading'")
+        "The schedule of a diffusers scheduler; warns about settings that our chain does not follow; ValueError for what it cannot follow."
+        config = scheduler.config
+        kind, n_train = config.get('prediction_type', 'flow_prediction' if 'shift' in config else 'epsilon'), config.num_train_timesteps
+        check_prediction_type(kind)
+        _warn_ignored(config)
+        if 'shift' in config: return cls.rectified(config['shift'], n_train) # FlowMatchEulerDiscreteScheduler
+        if config.get('use_flow_sigmas'): return cls.rectified(config['flow_shift'], n_train, end=1 / n_train, whole=True) # UniPC, DPM-Solver
+        if kind == 'flow_prediction': raise ValueError(f"the scheduler predicts a flow without use_flow_sigmas: expected {_FLOW}")
+        if config.get('timestep_type') == 'continuous' and config.get('use_karras_sigmas'):
+            return cls.karras(config['sigma_min'], config['sigma_max'], n_train=n_train)
+        alpha_bar = scheduler.alphas_cumprod.float().cpu()
         final = float(getattr(scheduler, 'final_alpha_cumprod', alpha_bar[0]))
-        return cls(alpha_bar, config.get('prediction_type', 'epsilon'), final, config.get('steps_offset', 0))
+        return cls(alpha_bar, kind, final, config.get('steps_offset', 0), config.get('timestep_spacing', 'leading'))
 
     def at(self, t):
         "alpha_bar at training step t: a float for an int (final_alpha_bar for t < 0), a tensor (b,) for a LongTensor (b,)."
@@ -109,9 +149,13 @@ class Schedule:
             raise ValueError(f"timestep {int(t)} is outside the schedule 0..{self.n_train - 1}; take fewer DDIM steps")
         return self.alpha_bar[int(t)].item() if t >= 0 else self.final_alpha_bar
 
+    def time(self, t:int):
+        "What the network is told at training step t: its number, or a float from `times`."
+        return int(t) if self.times is None else self.times[int(t)].item()
+
     def timesteps(self, n_ddim:int, tau:float=1.0)->Tensor:
-        "ddim_timesteps with this schedule's T and offset."
-        return ddim_timesteps(n_ddim, self.n_train, tau) + (self.steps_offset - 1)
+        "ddim_timesteps with this schedule's T, spacing and offset."
+        return ddim_timesteps(n_ddim, self.n_train, tau, self.spacing) + (self.steps_offset - 1) * (self.spacing == 'leading')
 
 # %% ../../nbs/diffusion/00_schedule.ipynb #b24e05f5
 def per_sample(
