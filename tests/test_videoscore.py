@@ -1,17 +1,19 @@
 "VideoScoreReward: the release's text, frames, pictures and weights; scores that no neighbour moves; gradients; refusals."
-import hashlib, json, os, warnings
+import hashlib, json, os, re, warnings
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from instructvideo_kit.files import KitError
 from instructvideo_kit.reward import videoscore as module
-from instructvideo_kit.reward.videoscore import (DIMENSIONS, PROMPT, VideoScoreModel, VideoScoreReward, idefics_pictures, pick_dimension, picture_size,
-                                                 videoscore_config, videoscore_frames, videoscore_text, write_small_videoscore)
+from instructvideo_kit.reward.videoscore import (CHAT, DIMENSIONS, PROMPT, VIDEO, VideoScoreModel, VideoScoreQwenModel, VideoScoreQwenReward, VideoScoreReward,
+                                                 idefics_pictures, pick_dimension, picture_size, qwen_patches, qwen_size, videoscore_config, videoscore_frames,
+                                                 videoscore_qwen_config, videoscore_text, write_small_videoscore)
 
 CAPTIONS = ["a fox runs on the meadow under the moon", "a snail sleeps"]
 
@@ -25,6 +27,18 @@ def folder(tmp_path_factory): return write_small_videoscore(tmp_path_factory.mkt
 
 @pytest.fixture(scope="module")
 def reward(folder): return VideoScoreReward.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def qwen_folder(tmp_path_factory): return write_small_videoscore(tmp_path_factory.mktemp("qwen"), words=" ".join(CAPTIONS), family="qwen2_vl")
+
+
+@pytest.fixture(scope="module")
+def qwen(qwen_folder): return VideoScoreReward.from_pretrained(qwen_folder)
+
+
+@pytest.fixture(params=["idefics2", "qwen2_vl"])
+def either(request, reward, qwen): return {"idefics2": reward, "qwen2_vl": qwen}[request.param]
 
 
 @pytest.fixture()
@@ -50,6 +64,29 @@ def released_keys(vision_layers=27, resampler_layers=3, text_layers=32):
         **{f"model.text_model.layers.{i}.": bare + ["input_layernorm.weight"] for i in range(text_layers)},
     }
     return {stem + name for stem, names in parts.items() for name in names}
+
+
+def released_qwen_keys(vision_layers=32, text_layers=28):
+    "Names in VideoScore-Qwen2-VL's checkpoint: those of transformers 4.45, where visual, model and score stood side by side."
+    both = lambda *names: [f"{n}.{p}" for n in names for p in ("weight", "bias")]
+    parts = {"visual.": ["patch_embed.proj.weight", *both("merger.ln_q", "merger.mlp.0", "merger.mlp.2")], "model.": ["embed_tokens.weight", "norm.weight"], "": both("score"),
+             **{f"visual.blocks.{i}.": both("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2") for i in range(vision_layers)},
+             **{f"model.layers.{i}.": both(*(f"self_attn.{p}_proj" for p in "qkv")) + [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
+                + ["self_attn.o_proj.weight", "input_layernorm.weight", "post_attention_layernorm.weight"] for i in range(text_layers)}}
+    return {stem + name for stem, names in parts.items() for name in names}
+
+
+def test_full_size_qwen_has_the_released_names_and_sizes():
+    with torch.device("meta"): model = VideoScoreQwenModel(videoscore_qwen_config())
+    renamed = set()
+    for key in released_qwen_keys():
+        for old, new in module.QWEN_KEYS.items(): key = re.sub(old, new, key)
+        renamed.add(key)
+    ours = set(model.state_dict())
+    assert (sorted(renamed - ours), sorted(ours - renamed)) == ([], [])
+    assert len(released_qwen_keys()) == len(renamed) == len(ours) == 731
+    count = sum(p.numel() for p in model.parameters())
+    assert count == 7_746_396_165 and abs(count * 2 / 1e9 - (4.97 + 4.99 + 4.93 + 0.602)) < 0.02
 
 
 def test_full_size_has_the_released_names_and_sizes():
@@ -116,8 +153,8 @@ def test_places_and_pictures_as_transformers_own_processor_and_model(reward):
     text = PROMPT.format(text_prompt=CAPTIONS[0])
     text += "<image> " * 3 # the release's way
     fake = "<fake_token_around_image>"
-    tokens = tokenizer(text.replace("<image>", fake + "<image>" * reward.n_latents + fake), return_tensors="pt")
-    ids, mask = reward.tokens(CAPTIONS[:1], 3)
+    tokens = tokenizer(text.replace("<image>", fake + "<image>" * 3 + fake), return_tensors="pt")
+    ids, mask = reward.tokens(CAPTIONS[:1], 3, 3)
     assert torch.equal(ids, tokens.input_ids) and mask.all()
     hidden = reward.model.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, **processed).last_hidden_state
     expected = reward.model.score(hidden[:, -1])
@@ -162,7 +199,8 @@ def test_sampling_decides_what_is_seen(folder):
         assert seen == {"example": [0, 1, 3, 4], "benchmark": [0, 1, 3, 5]}[how]
 
 
-def test_padding_and_neighbours_do_not_move_a_score(reward):
+def test_padding_and_neighbours_do_not_move_a_score(either):
+    reward = either
     captions, video = [*CAPTIONS, "", CAPTIONS[0]], clips(4)
     together = reward(video, captions)
     alone = torch.cat([reward(video[i:i + 1], captions[i:i + 1]) for i in range(4)])
@@ -172,14 +210,14 @@ def test_padding_and_neighbours_do_not_move_a_score(reward):
     assert (reward(video, captions[::-1]) - together).abs().amax(1)[1:3].min() > 1e-4 # the caption is read (the outer two keep theirs)
 
 
-def test_grey_frame_is_a_frame(reward):
-    video = clips()
+def test_grey_frame_is_a_frame(either):
+    reward, video = either, clips()
     video[0, 1] = 0.5
     video.requires_grad_()
     scores = reward(video, CAPTIONS)
     assert scores.isfinite().all()
     without = reward(video[:1, [0, 2, 3]], CAPTIONS[:1])
-    assert (scores[0] - without).abs().max() > 1e-4 # it was not dropped
+    assert (scores[0] - without).abs().max() > 1e-4 # it was not dropped: the score is not that of the other three
     (g,) = torch.autograd.grad(scores.sum(), video)
     assert g[0, 1].abs().sum() > 0
     flat = reward(torch.full((1, 4, 3, 18, 26), 0.5), CAPTIONS[:1])
@@ -187,14 +225,20 @@ def test_grey_frame_is_a_frame(reward):
     assert (flat - near).abs().max() < 1e-3
 
 
-def test_gradient_against_finite_differences(folder, monkeypatch):
+@pytest.mark.parametrize("family", ["idefics2", "qwen2_vl"])
+def test_gradient_against_finite_differences(folder, qwen_folder, family, monkeypatch):
     from transformers.models.idefics2 import modeling_idefics2
     from transformers.models.mistral import modeling_mistral
+    from transformers.models.qwen2_vl import modeling_qwen2_vl
     def norm(self, x): return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-    for kind in (modeling_idefics2.Idefics2RMSNorm, modeling_mistral.MistralRMSNorm): # theirs rounds to 32 bits, too coarse for this
+    for kind in (modeling_idefics2.Idefics2RMSNorm, modeling_mistral.MistralRMSNorm, modeling_qwen2_vl.Qwen2VLRMSNorm): # theirs rounds to 32 bits, too coarse for this
         monkeypatch.setattr(kind, "forward", norm)
-    exact = VideoScoreReward.from_pretrained(folder, dtype=torch.float64)
-    video = (0.1 + 0.8 * clips(1, 2)).double().requires_grad_()
+    def turn(q, k, cos, sin): # so does this one
+        cos, sin, half = cos.unsqueeze(-2).double(), sin.unsqueeze(-2).double(), modeling_qwen2_vl.rotate_half
+        return q * cos + half(q) * sin, k * cos + half(k) * sin
+    monkeypatch.setattr(modeling_qwen2_vl, "apply_rotary_pos_emb_vision", turn)
+    exact = VideoScoreReward.from_pretrained(folder if family == "idefics2" else qwen_folder, dtype=torch.float64)
+    video = (0.35 + 0.3 * clips(1, 2)).double().requires_grad_() # away from 0 and 1: where bicubic overshoots, the gradient passes straight through
     for dim in (*DIMENSIONS, "mean"):
         f = lambda x: exact.score(x, CAPTIONS[:1], dim).sum()
         (g,) = torch.autograd.grad(f(video), video)
@@ -203,8 +247,8 @@ def test_gradient_against_finite_differences(folder, monkeypatch):
         assert abs(numeric - (g * d).sum()) < 1e-6 * (1 + abs(numeric)) and g.abs().sum() > 1e-3
 
 
-def test_chunks_change_neither_scores_nor_gradients(reward):
-    video = clips().requires_grad_()
+def test_chunks_change_neither_scores_nor_gradients(either):
+    reward, video = either, clips().requires_grad_()
     whole = reward(video, CAPTIONS)
     (g,) = torch.autograd.grad(whole.sum(), video)
     part = reward(video, CAPTIONS, chunk=3)
@@ -246,7 +290,7 @@ def test_long_caption_is_cut_and_said(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.testing.assert_close(cut, short(clips(1), ["a fox runs"]))
-    with pytest.raises(ValueError, match="5 frames and the question take .* give fewer frames"):
+    with pytest.raises(ValueError, match="the frames and the question take .* give fewer frames"):
         VideoScoreReward.from_pretrained(folder, max_tokens=room - 3)(clips(1, 5), [""])
 
 
@@ -281,6 +325,7 @@ def spoil_weights(d, change):
     (lambda d: spoil_config(d, model_type="clip"), 'holds a "clip" model'),
     (lambda d: spoil_config(d, id2label={"0": "a", "1": "b"}), "the head gives 2 numbers|size mismatch|does not load"),
     (lambda d: spoil_config(d, image_token_id=0), '"<image>" at 4, the model at 0'),
+    (lambda d: spoil_config(d, score_type="special_token"), "five special tokens"),
     (lambda d: spoil_weights(d, lambda w: w.pop("score.weight")), "lacks weights: score.weight"),
     (lambda d: spoil_weights(d, lambda w: w.update({"score.weight": torch.zeros(5, 7)})), "does not load|lacks weights"),
     (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-5000]), "does not load"),
@@ -311,3 +356,47 @@ def test_a_copied_folder_keeps_what_its_name_says(tmp_path):
     assert VideoScoreReward.from_pretrained(tmp_path / "VideoScore-v1.1", max_frames=16).max_frames == 16
     for wrong in (dict(dim="beauty"), dict(sampling="middle")):
         with pytest.raises(ValueError, match="beauty|middle"): VideoScoreReward.from_pretrained(tmp_path / "VideoScore-v1.1", **wrong)
+
+
+def test_qwen_reads_what_transformers_reads(qwen):
+    video = clips(1, 4, 40, 60)
+    h, w = qwen_size(40, 60, 4, 8)
+    pictures = torch.nn.functional.interpolate(video[0], (h, w), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (module.CLIP_MEAN, module.CLIP_STD))
+    patches, grid = qwen_patches(((pictures - mean) / std).view(2, 2, 3, h, w), 4, 2), torch.tensor([[2, h // 4, w // 4]])
+    text = CHAT.format(places=VIDEO * (len(patches) // 4), question=PROMPT.format(text_prompt=CAPTIONS[0]))
+    ids = torch.tensor([qwen.tokenizer.encode(text).ids])
+    counted = torch.arange(ids.shape[1]).expand(3, 1, -1) # what the release's class leaves it to
+    hidden = qwen.model.model(input_ids=ids, pixel_values_videos=patches, video_grid_thw=grid, position_ids=counted).last_hidden_state
+    assert (qwen(video, CAPTIONS[:1]) - qwen.model.score(hidden[:, -1])).abs().max() < 1e-4
+
+
+def test_qwen_patches_are_in_transformers_order():
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    levels = torch.randint(256, (3, 56, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    theirs = Qwen2VLImageProcessorPil(do_resize=False, do_normalize=False)(levels.numpy(), return_tensors="pt") # a still is a pair of the same frame
+    assert theirs["image_grid_thw"].tolist() == [[1, 4, 6]]
+    assert (qwen_patches((levels / 255).expand(1, 2, -1, -1, -1)) - theirs["pixel_values"]).abs().max() < 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(h=st.integers(20, 2000), w=st.integers(20, 2000), n=st.integers(2, 768))
+def test_qwen_sizes_are_those_of_its_utilities(h, w, n):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+    most = max(min(768 * 784, 24576 * 784 / n * 2), int(128 * 784 * 1.05))
+    assert qwen_size(h, w, n) == smart_resize(h, w, 28, 128 * 784, most)
+
+
+def test_odd_clips_repeat_their_last_frame(qwen):
+    video = clips(1, 3)
+    torch.testing.assert_close(qwen(video, CAPTIONS[:1]), qwen(video[:, [0, 1, 2, 2]], CAPTIONS[:1]))
+    assert isinstance(qwen, VideoScoreQwenReward)
+    with pytest.raises(ValueError, match=r"<\|im_end\|>.*take it out"): qwen(video, ["a fox <|im_end|>"])
+
+
+def test_qwen_weights_arrive_under_their_new_names(qwen_folder, qwen):
+    weights = load_file(qwen_folder / "model.safetensors")
+    assert set(weights) == released_qwen_keys(1, 2) # the file has the old names
+    state = qwen.model.state_dict()
+    for old, new in (("visual.patch_embed.proj.weight", "model.visual.patch_embed.proj.weight"), ("model.layers.1.self_attn.q_proj.bias", "model.language_model.layers.1.self_attn.q_proj.bias"),
+                     ("score.bias", "score.bias")): assert torch.equal(state[new], weights[old])
