@@ -69,7 +69,8 @@ def released_keys(vision_layers=27, resampler_layers=3, text_layers=32):
 def released_qwen_keys(vision_layers=32, text_layers=28):
     "Names in VideoScore-Qwen2-VL's checkpoint: those of transformers 4.45, where visual, model and score stood side by side."
     both = lambda *names: [f"{n}.{p}" for n in names for p in ("weight", "bias")]
-    parts = {"visual.": ["patch_embed.proj.weight", *both("merger.ln_q", "merger.mlp.0", "merger.mlp.2")], "model.": ["embed_tokens.weight", "norm.weight"], "": both("score"),
+    parts = {"visual.": ["patch_embed.proj.weight", *both("merger.ln_q", "merger.mlp.0", "merger.mlp.2")],
+             "model.": ["embed_tokens.weight", "norm.weight"], "": both("score"),
              **{f"visual.blocks.{i}.": both("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2") for i in range(vision_layers)},
              **{f"model.layers.{i}.": both(*(f"self_attn.{p}_proj" for p in "qkv")) + [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
                 + ["self_attn.o_proj.weight", "input_layernorm.weight", "post_attention_layernorm.weight"] for i in range(text_layers)}}
@@ -99,7 +100,8 @@ def test_full_size_has_the_released_names_and_sizes():
     assert abs(count * 2 / 1e9 - (4.97 + 4.92 + 5.00 + 1.66)) < 0.02 # the release's four bf16 files; a word predictor more would be 0.26 off
     shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     assert shapes["score.weight"] == (5, 4096) and shapes["model.connector.perceiver_resampler.latents"] == (64, 4096)
-    assert shapes["model.vision_model.embeddings.position_embedding.weight"] == (70 * 70, 1152) and shapes["model.text_model.embed_tokens.weight"] == (32003, 4096)
+    assert shapes["model.vision_model.embeddings.position_embedding.weight"] == (70 * 70, 1152)
+    assert shapes["model.text_model.embed_tokens.weight"] == (32003, 4096)
 
 
 def test_released_files_go_in_and_out(folder, reward, tmp_path):
@@ -231,7 +233,8 @@ def test_gradient_against_finite_differences(folder, qwen_folder, family, monkey
     from transformers.models.mistral import modeling_mistral
     from transformers.models.qwen2_vl import modeling_qwen2_vl
     def norm(self, x): return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-    for kind in (modeling_idefics2.Idefics2RMSNorm, modeling_mistral.MistralRMSNorm, modeling_qwen2_vl.Qwen2VLRMSNorm): # theirs rounds to 32 bits, too coarse for this
+    for kind in (modeling_idefics2.Idefics2RMSNorm, modeling_mistral.MistralRMSNorm, modeling_qwen2_vl.Qwen2VLRMSNorm):
+        # theirs rounds to 32 bits, too coarse for this
         monkeypatch.setattr(kind, "forward", norm)
     def turn(q, k, cos, sin): # so does this one
         cos, sin, half = cos.unsqueeze(-2).double(), sin.unsqueeze(-2).double(), modeling_qwen2_vl.rotate_half
@@ -398,5 +401,6 @@ def test_qwen_weights_arrive_under_their_new_names(qwen_folder, qwen):
     weights = load_file(qwen_folder / "model.safetensors")
     assert set(weights) == released_qwen_keys(1, 2) # the file has the old names
     state = qwen.model.state_dict()
-    for old, new in (("visual.patch_embed.proj.weight", "model.visual.patch_embed.proj.weight"), ("model.layers.1.self_attn.q_proj.bias", "model.language_model.layers.1.self_attn.q_proj.bias"),
-                     ("score.bias", "score.bias")): assert torch.equal(state[new], weights[old])
+    for old, new in (("visual.patch_embed.proj.weight", "model.visual.patch_embed.proj.weight"), ("score.bias", "score.bias"),
+                     ("model.layers.1.self_attn.q_proj.bias", "model.language_model.layers.1.self_attn.q_proj.bias")):
+        assert torch.equal(state[new], weights[old])

@@ -153,7 +153,7 @@ class VideoScoreReward(nn.Module):
         **pictures, # shortest, longest, mean, std: see idefics_pictures
     ):
         super().__init__()
-        videoscore_frames(max_frames, max_frames, sampling), pick_dimension(torch.zeros(5), dim) # refuse wrong names now, not at the first clip
+        videoscore_frames(max_frames, max_frames, sampling), pick_dimension(torch.zeros(5), dim) # refuse wrong names at once
         config, self._place = model.config, tokenizer.token_to_id(self.place)
         if config.num_labels != len(DIMENSIONS): raise KitError(f"the head gives {config.num_labels} numbers, VideoScore's gives {len(DIMENSIONS)}")
         if self._place != (expected := self._place_id(config)):
@@ -373,7 +373,8 @@ def _load_model(folder, dtype):
         raise KitError(f'"{folder}" {what}; expected a VideoScore model: "idefics2", or "qwen2_vl"')
     family, renamed = (VideoScoreModel, None) if kind == "idefics2" else (VideoScoreQwenModel, QWEN_KEYS)
     config = _read_config(folder)
-    try: model, info = family.from_pretrained(folder, config=config, key_mapping=renamed, dtype=dtype, local_files_only=True, output_loading_info=True)
+    options = dict(config=config, key_mapping=renamed, dtype=dtype, local_files_only=True, output_loading_info=True)
+    try: model, info = family.from_pretrained(folder, **options)
     except Exception as e: # transformers has a dozen classes for a file it cannot read
         for file in sorted(folder.glob("*.bin")): load_checkpoint(file) # says so when it is a pickle with code in it
         raise KitError(f'"{folder}" does not load as a VideoScore model: {str(e).strip().splitlines()[0]}') from e
@@ -444,7 +445,7 @@ def _small_qwen(tokenizer):
     return VideoScoreQwenModel(Qwen2VLConfig(
         vision_config=dict(depth=1, embed_dim=16, hidden_size=32, num_heads=2, patch_size=4, mlp_ratio=2),
         text_config=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                         vocab_size=tokenizer.get_vocab_size(),
+                         vocab_size=tokenizer.get_vocab_size(), bos_token_id=1, eos_token_id=2,
                          rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])),
         video_token_id=tokenizer.token_to_id(VIDEO), num_labels=5))
 

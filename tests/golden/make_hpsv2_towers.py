@@ -17,7 +17,8 @@ import torch
 
 GOLDEN = Path(__file__).with_name("hpsv2_towers.json")
 SEED, SIZE, WIDTH, DIM, LAYERS = 7, 32, 128, 20, dict(visual=3, text=2)
-MERGES = ["t h", "th e</w>", "f o", "fo x</w>", "r u", "ru n", "run s</w>", "s n", "a i", "sn ai", "snai l", "snail s</w>", "o n</w>", "m e", "a d", "me ad", "o w</w>", "mead ow</w>"]
+MERGES = ["t h", "th e</w>", "f o", "fo x</w>", "r u", "ru n", "run s</w>", "s n", "a i", "sn ai", "snai l", "snail s</w>", "o n</w>", "m e",
+          "a d", "me ad", "o w</w>", "mead ow</w>"]
 VOCABULARY = 512 + len(MERGES) + 2
 CONFIG = dict(embed_dim=DIM, vision_cfg=dict(image_size=SIZE, layers=LAYERS["visual"], width=WIDTH, head_width=64, patch_size=8),
               text_cfg=dict(context_length=77, vocab_size=VOCABULARY, width=WIDTH, heads=2, layers=LAYERS["text"]))
@@ -27,11 +28,13 @@ SHAPES = [(32, 32), (64, 64), (24, 40), (50, 20), (90, 160), (161, 97)] # height
 
 def shapes():
     "Every key of an open_clip CLIP of this size, and its shape."
-    w, found = WIDTH, {"logit_scale": (), "positional_embedding": (77, WIDTH), "text_projection": (WIDTH, DIM), "token_embedding.weight": (VOCABULARY, WIDTH),
-                       "visual.class_embedding": (WIDTH,), "visual.positional_embedding": ((SIZE//8)**2 + 1, WIDTH), "visual.proj": (WIDTH, DIM),
-                       "visual.conv1.weight": (WIDTH, 3, 8, 8)}
-    block = {"attn.in_proj_weight": (3*w, w), "attn.in_proj_bias": (3*w,), "attn.out_proj.weight": (w, w), "attn.out_proj.bias": (w,), "mlp.c_fc.weight": (4*w, w),
-             "mlp.c_fc.bias": (4*w,), "mlp.c_proj.weight": (w, 4*w), "mlp.c_proj.bias": (w,), **{f"ln_{i}.{p}": (w,) for i in (1, 2) for p in ("weight", "bias")}}
+    w = WIDTH
+    found = {"logit_scale": (), "positional_embedding": (77, w), "text_projection": (w, DIM), "token_embedding.weight": (VOCABULARY, w),
+             "visual.class_embedding": (w,), "visual.positional_embedding": ((SIZE//8)**2 + 1, w), "visual.proj": (w, DIM),
+             "visual.conv1.weight": (w, 3, 8, 8)}
+    block = {"attn.in_proj_weight": (3*w, w), "attn.in_proj_bias": (3*w,), "attn.out_proj.weight": (w, w), "attn.out_proj.bias": (w,),
+             "mlp.c_fc.weight": (4*w, w), "mlp.c_fc.bias": (4*w,), "mlp.c_proj.weight": (w, 4*w), "mlp.c_proj.bias": (w,),
+             **{f"ln_{i}.{p}": (w,) for i in (1, 2) for p in ("weight", "bias")}}
     for prefix, n in (("visual.", LAYERS["visual"]), ("", LAYERS["text"])):
         found |= {f"{prefix}transformer.resblocks.{i}.{k}": s for i in range(n) for k, s in block.items()}
     return found | {f"{norm}.{p}": (w,) for norm in ("ln_final", "visual.ln_pre", "visual.ln_post") for p in ("weight", "bias")}
@@ -43,7 +46,8 @@ def weights(seed=SEED):
     for name, shape in sorted(shapes().items()):
         x = rng.standard_normal(shape)
         if ".ln_" in f".{name}" and name.endswith("weight"): x = 1 + 0.2*x
-        elif len(shape) > 1 and "embedding" not in name: x = 1.5*x/np.sqrt(shape[0] if "proj" in name and "." not in name.removeprefix("visual.") else np.prod(shape[1:]))
+        elif name in ("visual.proj", "text_projection"): x = 1.5*x/np.sqrt(shape[0]) # (in, out), the others (out, in)
+        elif len(shape) > 1 and "embedding" not in name: x = 1.5*x/np.sqrt(np.prod(shape[1:]))
         else: x = 0.4*x
         state[name] = torch.from_numpy(np.asarray(x, dtype=np.float32).copy())
     return state
@@ -60,7 +64,7 @@ def pictures(seed=SEED):
 
 
 def hpsv2_scores():
-    "{'hpsv2': score() as published, 'crop': towers with open_clip's other preprocessing, 'end_padded': text padded with the end token}: lists [caption][picture]."
+    "[caption][picture] under 'hpsv2' (score() as published), 'crop' (open_clip's other preprocessing), 'end_padded' (text padded with the end token)."
     from PIL import Image
     from hpsv2 import img_score
     from hpsv2.src.open_clip import factory, tokenizer
@@ -72,18 +76,21 @@ def hpsv2_scores():
         full, tokenizer._tokenizer = tokenizer._tokenizer, tokenizer.SimpleTokenizer(str(folder/"merges.txt.gz"))
         try:
             torch.save({"state_dict": weights()}, folder/"HPS_v2_compressed.pt") # the official layout
-            create = lambda light: factory.create_model_and_transforms("small-hps", precision="amp", device="cpu", light_augmentation=light, aug_cfg={}, output_dict=True)
+            options = dict(precision="amp", device="cpu", aug_cfg={}, output_dict=True)
+            create = lambda light: factory.create_model_and_transforms("small-hps", light_augmentation=light, **options)
             model, _, letterbox = create(True)
             crop = create(False)[2]
             model.load_state_dict(weights()) # strict: every key, every shape
             img_score.model_dict.clear(), img_score.model_dict.update(model=model, preprocess_val=letterbox)
             img_score.device, images = "cpu", [Image.fromarray(x) for x in pictures()]
-            published = [[float(img_score.score(image, caption, cp=str(folder/"HPS_v2_compressed.pt"))[0]) for image in images] for caption in CAPTIONS]
+            score = lambda image, caption: float(img_score.score(image, caption, cp=str(folder/"HPS_v2_compressed.pt"))[0])
+            published = [[score(image, caption) for image in images] for caption in CAPTIONS]
             ids = tokenizer.tokenize(CAPTIONS)
             padded = torch.where(torch.arange(77) > ids.argmax(1, keepdim=True), VOCABULARY - 1, ids)
             with torch.no_grad():
-                towers = lambda look, text: (model.eval().encode_text(text, normalize=True) @ model.encode_image(torch.stack([look(i) for i in images]), normalize=True).T).tolist()
-                return {"hpsv2": published, "crop": towers(crop, ids), "end_padded": towers(letterbox, padded)}
+                see = lambda look: model.encode_image(torch.stack([look(image) for image in images]), normalize=True)
+                towers = lambda text, look: (model.eval().encode_text(text, normalize=True) @ see(look).T).tolist()
+                return {"hpsv2": published, "crop": towers(ids, crop), "end_padded": towers(padded, letterbox)}
         finally: tokenizer._tokenizer = full
 
 
