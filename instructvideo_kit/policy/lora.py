@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import UNet3DConditionModel
+from diffusers import UNet3DConditionModel, UNetSpatioTemporalConditionModel
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -22,9 +22,9 @@ from safetensors.torch import save
 
 from ..files import KitError, write_atomic
 
-# %% ../../nbs/policy/02_lora.ipynb #675d5d20
-if not issubclass(UNet3DConditionModel, PeftAdapterMixin): # so in diffusers 0.42, for this UNet alone
-    UNet3DConditionModel.__bases__ += (PeftAdapterMixin,)
+# %% ../../nbs/policy/02_lora.ipynb #f66df492
+for unet in (UNet3DConditionModel, UNetSpatioTemporalConditionModel): # so in diffusers 0.42, for these two alone
+    if not issubclass(unet, PeftAdapterMixin): unet.__bases__ += (PeftAdapterMixin,)
 
 # %% ../../nbs/policy/02_lora.ipynb #fcf82fed
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -37,11 +37,11 @@ def check_adapter(
     adapter:str, # name of the new adapter
 ):
     "ValueError if an adapter of this kind cannot be added."
-    names = [name for name, _ in policy.unet.named_modules()]
+    names = [name for name, _ in policy.network.named_modules()]
     absent = [t for t in targets if not any(name == t or name.endswith("." + t) for name in names)]
     if rank < 1: raise ValueError(f"rank={rank}: expected 1 or more")
-    if absent: raise ValueError(f"no layer is named {', '.join(absent)}: this UNet's attention layers have {', '.join(TARGETS)}")
-    if adapter in getattr(policy.unet, "peft_config", {}): raise ValueError(f"adapter {adapter!r} is there already: choose another name")
+    if absent: raise ValueError(f"no layer is named {', '.join(absent)}: this network's attention layers have {', '.join(TARGETS)}")
+    if adapter in getattr(policy.network, "peft_config", {}): raise ValueError(f"adapter {adapter!r} is there already: choose another name")
 
 
 def add_lora(
@@ -57,7 +57,7 @@ def add_lora(
     config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets), init_lora_weights="gaussian")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        policy.unet.add_adapter(config, adapter)
+        policy.network.add_adapter(config, adapter)
     for p in lora_parameters(policy): p.data = p.data.float() # steps of an optimiser are too small for bfloat16
     return lora_parameters(policy)
 
@@ -66,7 +66,7 @@ def lora_parameters(
     policy, # VideoPolicy
 )->list: # parameters
     "The trainable adapter parameters: those of the active adapter."
-    return [p for n, p in policy.unet.named_parameters() if ".lora_" in n and p.requires_grad]
+    return [p for n, p in policy.network.named_parameters() if ".lora_" in n and p.requires_grad]
 
 # %% ../../nbs/policy/02_lora.ipynb #9c36f5e1
 @contextmanager
@@ -74,13 +74,13 @@ def disabled_lora(
     policy, # VideoPolicy
 ):
     "Inside the `with`, the policy is the base model exactly; afterwards as before. Without adapters it does nothing."
-    layers = [m for m in policy.unet.modules() if isinstance(m, BaseTunerLayer)]
+    layers = [m for m in policy.network.modules() if isinstance(m, BaseTunerLayer)]
     trained = lora_parameters(policy)
     for layer in layers: layer.enable_adapters(False)
     try: yield policy
     finally:
         for layer in layers: layer.enable_adapters(True)
-        policy.unet.requires_grad_(False)
+        policy.network.requires_grad_(False)
         for p in trained: p.requires_grad_(True)
 
 # %% ../../nbs/policy/02_lora.ipynb #55048eeb
@@ -90,10 +90,10 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 def lora_state(
     policy, # VideoPolicy
     adapter:str="learner", # which adapter
-)->dict: # name -> tensor, names as in the UNet without the adapter's name
+)->dict: # name -> tensor, names as in the network without the adapter's name
     "State of one adapter. ValueError if there is none of that name."
-    if adapter not in getattr(policy.unet, "peft_config", {}): raise ValueError(f"no adapter {adapter!r}: call add_lora or load_lora first")
-    return get_peft_model_state_dict(policy.unet, adapter_name=adapter)
+    if adapter not in getattr(policy.network, "peft_config", {}): raise ValueError(f"no adapter {adapter!r}: call add_lora or load_lora first")
+    return get_peft_model_state_dict(policy.network, adapter_name=adapter)
 
 
 def save_lora(
@@ -102,9 +102,10 @@ def save_lora(
     adapter:str="learner", # which adapter
 )->Path: # the file
     "Write one adapter in diffusers' format: `pipeline.load_lora_weights(folder)` reads it, rank and alpha included."
-    state = {f"unet.{k}": v.detach().cpu().contiguous() for k, v in lora_state(policy, adapter).items()}
-    config = policy.unet.peft_config[adapter]
-    about = {"unet.r": config.r, "unet.lora_alpha": config.lora_alpha, "unet.target_modules": sorted(config.target_modules)}
+    state = {f"{policy.part}.{k}": v.detach().cpu().contiguous() for k, v in lora_state(policy, adapter).items()}
+    config = policy.network.peft_config[adapter]
+    about = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    about = {f"{policy.part}.{k}": v for k, v in about.items()}
     path = Path(folder) / LORA_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, save(state, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(about, sort_keys=True)}))
@@ -113,18 +114,19 @@ def save_lora(
 # %% ../../nbs/policy/02_lora.ipynb #67f7e5a4
 def read_lora(
     folder, # a folder with pytorch_lora_weights.safetensors, or such a file
+    part:str="unet", # "unet" or "transformer": the part of the pipeline it is for
 )->tuple: # state in peft's names, dict with r, lora_alpha, target_modules
     "Read an adapter file in diffusers' format. KitError if there is none."
     path = Path(folder) / LORA_FILE if Path(folder).is_dir() else Path(folder)
     if not path.exists(): raise KitError(f"{LORA_FILE} is missing in {folder}: expected a folder written by save_lora or by diffusers")
     with safe_open(path, "pt") as file:
-        state = {k.removeprefix("unet."): file.get_tensor(k) for k in file.keys() if k.startswith("unet.")}
+        state = {k.removeprefix(f"{part}."): file.get_tensor(k) for k in file.keys() if k.startswith(f"{part}.")}
         about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     state = convert_unet_state_dict_to_peft(state)
     ranks = {v.shape[0] for k, v in state.items() if "lora_A" in k}
-    if len(ranks) != 1: raise KitError(f"{path} holds adapters of ranks {sorted(ranks)}: expected UNet adapters of one rank")
+    if len(ranks) != 1: raise KitError(f"{path} holds adapters of ranks {sorted(ranks)}: expected adapters of one rank, named {part}...")
     rank = ranks.pop()
-    return state, {"r": rank, "lora_alpha": rank, "target_modules": TARGETS} | {k.removeprefix("unet."): v for k, v in about.items()}
+    return state, {"r": rank, "lora_alpha": rank, "target_modules": TARGETS} | {k.removeprefix(f"{part}."): v for k, v in about.items()}
 
 
 def load_lora(
@@ -133,13 +135,13 @@ def load_lora(
     adapter:str="learner", # its name here; made if it is not there
 )->list: # its parameters
     "Load an adapter, ready to be trained on. KitError if it does not fit this policy."
-    state, about = read_lora(folder)
-    if adapter not in getattr(policy.unet, "peft_config", {}):
+    state, about = read_lora(folder, policy.part)
+    if adapter not in getattr(policy.network, "peft_config", {}):
         add_lora(policy, about["r"], about["lora_alpha"], about["target_modules"], adapter)
     own = lora_state(policy, adapter)
     if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state.items()}:
         raise KitError(f"the LoRA in {folder} does not fit: its {len(state)} matrices do not match the {len(own)} of this policy (another model or rank)")
-    set_peft_model_state_dict(policy.unet, state, adapter_name=adapter)
+    set_peft_model_state_dict(policy.network, state, adapter_name=adapter)
     return lora_parameters(policy)
 
 # %% ../../nbs/policy/02_lora.ipynb #fbe71ea3
@@ -147,8 +149,8 @@ def merge_lora(
     policy, # VideoPolicy
 )->"VideoPolicy": # the same, without adapters
     "Add scale * up @ down of the active adapters to the matrices they stand beside, and take all adapters away."
-    if getattr(policy.unet, "peft_config", None):
-        policy.unet.fuse_lora()
-        policy.unet.unload_lora()
-    policy.unet.requires_grad_(False)
+    if getattr(policy.network, "peft_config", None):
+        policy.network.fuse_lora()
+        policy.network.unload_lora()
+    policy.network.requires_grad_(False)
     return policy
