@@ -80,7 +80,7 @@ _FLOW = "FlowMatchEulerDiscreteScheduler, or UniPCMultistepScheduler with use_fl
 
 def _warn_ignored(config):
     "Say which settings of a diffusers scheduler the chain leaves aside."
-    names = ('clip_sample', 'thresholding', 'use_dynamic_shifting', 'shift_terminal', 'use_exponential_sigmas', 'use_beta_sigmas', 'invert_sigmas')
+    names = ('clip_sample', 'thresholding', 'use_dynamic_shifting', 'shift_terminal', 'use_exponential_sigmas', 'use_beta_sigmas')
     ignored = [k for k in names if config.get(k)]
     if ignored: warnings.warn(f"the scheduler asks for {', '.join(ignored)}: ignored, the chain is first-order DDIM without clipping")
 
@@ -97,7 +97,7 @@ class Schedule:
     def __post_init__(self):
         check_prediction_type(self.prediction_type)
         if self.prediction_type == 'epsilon' and self.alpha_bar.min() <= 0:
-            raise ValueError("alpha_bar reaches 0, where an epsilon prediction says nothing of the clip: expected v_prediction or flow_prediction")
+            raise ValueError("alpha_bar reaches 0, where an epsilon prediction says nothing of the clip: expected v_prediction")
 
     @property
     def n_train(self)->int:
@@ -112,7 +112,7 @@ class Schedule:
 
     @classmethod
     def rectified(cls, shift:float=1.0, n_train:int=1000, end:float=0.0, whole:bool=False)->'Schedule':
-        "Flow matching: sigma = shift_sigma(y, shift) with y even from `end` (left out) to 1; the network is told 1000 sigma, cut to `whole` numbers if asked."
+        "Flow matching: sigma = shift_sigma(y, shift), y even from `end` (left out) to 1; the network is told T sigma, cut to `whole` numbers if asked."
         y = end + (1 - end) * torch.arange(1, n_train + 1, dtype=torch.float64) / n_train
         sigma = shift_sigma(y, shift)
         if whole: sigma = sigma.clamp(max=1 - 1e-6) # UniPC begins a hair below 1, so that pure noise is told 999

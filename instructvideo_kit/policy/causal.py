@@ -53,7 +53,7 @@ class CausalVideoPolicy(VideoPolicy):
         z, # (b, c, f', h', w'), not scaled
         frames, # frame numbers (b, s), checked; None: all
     )->"Tensor": # (b, s, 3, h, w) in [-1, 1]
-        "The decoder on the shortest prefix of the latents that holds the last chosen frame: later latents are not decoded, earlier ones must be."
+        "The decoder on the shortest prefix of the latents that holds the last chosen frame: later ones are left out, earlier ones cannot be."
         last = self.n_frames - 1 if frames is None else int(frames.max())
         return pick_frames(self.vae.decode(z[:, :, :self.prefix(last)]).sample, frames)
 
@@ -62,4 +62,5 @@ class CausalVideoPolicy(VideoPolicy):
         super().check_shape()
         taken, given = self.network.config.in_channels, self.network.config.out_channels
         if taken != given:
-            raise KitError(f"the transformer takes {taken} channels for latents of {given}: expected a text-to-video model (this is an image-to-video or editing variant)")
+            raise KitError(f"the transformer takes {taken} channels for latents of {given}, as image-to-video and editing variants do: "
+                           "expected a text-to-video model")

@@ -9,7 +9,6 @@ __all__ = ['CogVideoXPolicy']
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
-from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from einops import rearrange
 from transformers import T5EncoderModel, T5Tokenizer
 
@@ -64,12 +63,14 @@ class CogVideoXPolicy(CausalVideoPolicy):
         "KitError unless this is a CogVideoX 1.0 and takes this frame count and size."
         super().check_shape()
         if self.network.config.patch_size_t is not None:
-            raise KitError(f"the transformer has patch_size_t {self.network.config.patch_size_t}: CogVideoX 1.5 is not supported, give a CogVideoX 1.0 (2B or 5B)")
+            raise KitError(f"the transformer has patch_size_t {self.network.config.patch_size_t} as in CogVideoX 1.5, which is not supported: "
+                           "expected a CogVideoX 1.0 (2B or 5B)")
 
     def rotary(self):
         "Cosines and sines of the rotary positions, or None where the transformer has its own."
         config = self.network.config
         if not config.use_rotary_positional_embeddings: return None
+        from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid # late: slow
         h, w = (side // self.multiple for side in self.size)
         crops = get_resize_crop_region_for_grid((h, w), config.sample_width // config.patch_size, config.sample_height // config.patch_size)
         return get_3d_rotary_pos_embed(config.attention_head_dim, crops, (h, w), self.latent_frames, device=self.device)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
-from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from einops import rearrange, repeat
 from transformers import CLIPVisionModelWithProjection
 
@@ -60,13 +59,13 @@ class StableVideoDiffusionPolicy(VideoPolicy):
         z, # (b, c, f, h', w'), not scaled
         frames, # frame numbers (b, s), checked; None: all
     )->"Tensor": # (b, s, 3, h, w) in [-1, 1]
-        "The decoder on the whole clip, then the chosen frames: its temporal layers look both ways and normalise over all frames, so none can be left out."
+        "The decoder on the whole clip, then the chosen frames: its layers over time look both ways and normalise over all, so none can be left out."
         x = self.vae.decode(rearrange(z, "b c f h w -> (b f) c h w"), num_frames=z.shape[2]).sample
         return pick_frames(rearrange(x, "(b f) c h w -> b c f h w", b=len(z)), frames)
 
     def check_image(self, image):
         "ValueError unless image is float (b, 3, h, w) in [0, 1]."
-        if image is None: raise ValueError("image is None: this policy draws from pictures, give image=(b, 3, h, w) in [0, 1], such as the first frames of clips")
+        if image is None: raise ValueError("image is None: this policy draws from pictures, give image=(b, 3, h, w) in [0, 1]")
         if image.ndim != 4 or tuple(image.shape[1:]) != (3, *self.size):
             raise ValueError(f"image of shape {tuple(image.shape)}: this policy takes (b, 3, h, w) = (b, 3, {self.size[0]}, {self.size[1]})")
         if not image.is_floating_point() or image.min() < -.01 or image.max() > 1.01:
@@ -82,6 +81,8 @@ class StableVideoDiffusionPolicy(VideoPolicy):
         image, # (b, 3, h, w) in [0, 1]
     )->"Tensor": # (b, 1, d)
         "CLIP's embedding, of the picture resized as in training."
+        # late, as it warns of a missing torchvision
+        from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
         side = self.image_encoder.config.image_size
         small = (_resize_with_antialiasing(2 * image - 1, (side, side)) + 1) / 2
         return self.image_encoder(self.feature_extractor(small).to(self.image_encoder.dtype)).image_embeds[:, None]
@@ -95,10 +96,12 @@ class StableVideoDiffusionPolicy(VideoPolicy):
         "CLIP's embedding, latents of the picture for every frame, and the three numbers; zeros for the unguided branch."
         self.check_image(image)
         image, strength = image.to(self.device).float(), self.kit.get("noise_aug_strength", .02)
-        grain = torch.randn(image.shape[1:], generator=torch.Generator().manual_seed(0)).to(image) # one grain for all: a clip must not depend on its batch
+        # one grain for all pictures: a clip must not depend on its batch
+        grain = torch.randn(image.shape[1:], generator=torch.Generator().manual_seed(0)).to(image)
         latents = self.vae.encode((2 * image - 1 + strength * grain).to(self.vae.dtype)).latent_dist.mode()
         latents, embedding = repeat(latents, "b c h w -> b c f h w", f=self.n_frames).to(self.dtype), self.embed_image(image).to(self.dtype)
-        numbers = torch.tensor([self.kit.get("fps", 7) - 1, self.kit.get("motion_bucket_id", 127), strength]).to(embedding).expand(len(image), 3)
+        numbers = torch.tensor([self.kit.get("fps", 7) - 1, self.kit.get("motion_bucket_id", 127), strength]).to(embedding)
+        numbers = repeat(numbers, "n -> b n", b=len(image))
         return (embedding, latents, numbers), (torch.zeros_like(embedding), torch.zeros_like(latents), numbers)
 
     def predict(
