@@ -1,4 +1,4 @@
-"One door for ModelScopeT2V, CogVideoX, Wan 2.1 and Stable Video Diffusion: the six calls, LoRA, diffusers' own pipelines, full sizes on the meta device."
+"One door for ModelScopeT2V, CogVideoX, Wan 2.1 and Stable Video Diffusion: the six calls, LoRA, diffusers' own pipelines, full sizes."
 import copy
 import importlib.util
 import json
@@ -23,6 +23,7 @@ from instructvideo_kit.files import KitError
 from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.policy.base import kinds
 from instructvideo_kit.policy.lora import LORA_FILE, TARGETS, add_lora, disabled_lora, load_lora, lora_parameters, merge_lora, save_lora
+from instructvideo_kit.tuning.instructvideo import InstructVideoConfig, edit
 
 from tiny_policies import COGVIDEOX_SCHEDULER, FIRST_ORDER, SVD_SCHEDULER, WAN_SCHEDULER, tiny_policy
 
@@ -79,13 +80,14 @@ def pipeline_video(pipe, policy, noise, n_ddim, w):
     common = dict(num_inference_steps=n_ddim, num_frames=policy.n_frames, output_type="pt")
     if policy.PIPELINE == "TextToVideoSDPipeline": return pipe(PROMPTS, guidance_scale=w, latents=noise, **common).frames
     common |= dict(height=h, width=w_pixels)
-    if policy.PIPELINE == "CogVideoXPipeline": return pipe(PROMPTS, guidance_scale=w, latents=noise.transpose(1, 2), max_sequence_length=12, **common).frames
+    if policy.PIPELINE == "CogVideoXPipeline":
+        return pipe(PROMPTS, guidance_scale=w, latents=noise.transpose(1, 2), max_sequence_length=12, **common).frames
     if policy.PIPELINE == "WanPipeline":
         start = to_rectified(noise, policy.schedule.at(policy.schedule.timesteps(n_ddim)[0]))
         return pipe(PROMPTS, guidance_scale=w, latents=start, max_sequence_length=12, **common).frames
     images = [Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for picture in pictures(policy)]
-    frames = [pipe(image, max_guidance_scale=w, latents=x[None].transpose(1, 2), generator=torch.Generator().manual_seed(0), **common).frames for image, x in zip(images, noise)]
-    return torch.cat(frames)
+    def one(image, x): return pipe(image, max_guidance_scale=w, latents=x[None].transpose(1, 2), generator=torch.Generator().manual_seed(0), **common).frames
+    return torch.cat([one(image, x) for image, x in zip(images, noise)])
 
 
 # ---- prediction types
@@ -95,7 +97,8 @@ def pipeline_video(pipe, policy, noise, n_ddim, w):
 def test_every_prediction_stands_for_the_same_pair(alpha_bar_t, kind, seed):
     x0, eps = torch.randn(2, 1, 3, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     z_t = corrupt(x0, eps, alpha_bar_t)
-    for got, true in zip(to_x0_eps(from_x0(x0, z_t, alpha_bar_t, kind), z_t, alpha_bar_t, kind), (x0, eps)): torch.testing.assert_close(got, true, atol=1e-9, rtol=0)
+    got = to_x0_eps(from_x0(x0, z_t, alpha_bar_t, kind), z_t, alpha_bar_t, kind)
+    torch.testing.assert_close(got, (x0, eps), atol=1e-9, rtol=0)
 
 @settings(max_examples=30, deadline=None)
 @given(st.floats(.02, 1.), st.floats(0., .98), st.integers(0, 99))
@@ -121,9 +124,11 @@ class Net:
     "Stand-in for a network: mixes its input and its time."
     def __call__(self, z, t): return .7 * z + .1 * torch.sin(3 * z) + .05 * float(t) / 1000
 
-def scheduler_chain(scheduler, start, scale=lambda z, t: z):
+def scheduler_chain(scheduler, start):
     z = start
-    for t in scheduler.timesteps: z = scheduler.step(Net()(scheduler.scale_model_input(z, t) if hasattr(scheduler, "scale_model_input") else z, t), t, z).prev_sample
+    for t in scheduler.timesteps:
+        seen = scheduler.scale_model_input(z, t) if hasattr(scheduler, "scale_model_input") else z
+        z = scheduler.step(Net()(seen, t), t, z).prev_sample
     return z
 
 def our_chain(schedule, start, n_ddim, on_line=False):
@@ -173,8 +178,9 @@ def test_tau_takes_the_tail_of_every_grid():
 
 def test_schedulers_that_cannot_be_followed_are_refused():
     with pytest.raises(ValueError, match="known are"): Schedule.from_scheduler(DDIMScheduler(prediction_type="sample"))
-    with pytest.raises(ValueError, match="without use_flow_sigmas"): Schedule.from_scheduler(UniPCMultistepScheduler(prediction_type="flow_prediction"))
-    with pytest.raises(ValueError, match="alpha_bar reaches 0"): Schedule.from_scheduler(CogVideoXDDIMScheduler(**COGVIDEOX_SCHEDULER | {"prediction_type": "epsilon"}))
+    flow, ends_in_noise = UniPCMultistepScheduler(prediction_type="flow_prediction"), CogVideoXDDIMScheduler(**COGVIDEOX_SCHEDULER | {"prediction_type": "epsilon"})
+    with pytest.raises(ValueError, match="without use_flow_sigmas"): Schedule.from_scheduler(flow)
+    with pytest.raises(ValueError, match="alpha_bar reaches 0"): Schedule.from_scheduler(ends_in_noise)
     with pytest.warns(UserWarning, match="use_dynamic_shifting"): Schedule.from_scheduler(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
 
 
@@ -226,9 +232,10 @@ def test_only_the_prefix_is_decoded(opened, name, lengths, monkeypatch):
 def test_cogvideox_frames_round_trip(opened, n_frames):
     policy = type(opened["cogvideox"])(*[getattr(opened["cogvideox"], part) for part in opened["cogvideox"].PARTS], {"n_frames": n_frames})
     video = torch.rand(1, n_frames, 3, 16, 16)
-    whole = policy.decode(policy.encode(video))
+    z = policy.encode(video)
+    whole = policy.decode(z)
     assert whole.shape == video.shape
-    for g in range(0, n_frames, 3): torch.testing.assert_close(policy.decode(policy.encode(video), torch.tensor([[g]]))[:, 0], whole[:, g], atol=1e-5, rtol=1e-5)
+    for g in range(0, n_frames, 3): torch.testing.assert_close(policy.decode(z, torch.tensor([[g]]))[:, 0], whole[:, g], atol=1e-5, rtol=1e-5)
 
 def test_embeddings(opened):
     for name in ("cogvideox", "wan"):
@@ -252,7 +259,8 @@ def test_gradient_reaches_lora_and_only_lora(policy, grad_steps, w, batched):
 
 def test_guidance_in_one_call_or_two(policy):
     z, t = policy.noise(range(2)), int(policy.schedule.timesteps(4)[1])
-    with torch.no_grad(): one, two, plain = (policy.denoiser(guidance_scale=w, batched=b, **told(policy))(z, t) for w, b in ((3., True), (3., False), (1., True)))
+    with torch.no_grad():
+        one, two, plain = (policy.denoiser(guidance_scale=w, batched=b, **told(policy))(z, t) for w, b in ((3., True), (3., False), (1., True)))
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
     assert one.shape == z.shape and (one - plain).abs().max() > 1e-5
 
@@ -260,7 +268,9 @@ def test_a_clip_does_not_depend_on_its_batch(policy):
     torch.testing.assert_close(draw(policy, seed=3), draw(policy, seed=3, batch=1), atol=1e-4, rtol=0)
 
 def test_low_precision_weights_keep_latents_in_float32(opened, kind):
-    policy = type(opened[kind])(*[copy.deepcopy(m) if isinstance(m := getattr(opened[kind], p), torch.nn.Module) else m for p in opened[kind].PARTS], opened[kind].kit)
+    parts = [getattr(opened[kind], part) for part in opened[kind].PARTS]
+    parts = [copy.deepcopy(part) if isinstance(part, torch.nn.Module) else part for part in parts]
+    policy = type(opened[kind])(*parts, opened[kind].kit)
     add_lora(policy.to(torch.bfloat16))
     assert draw(policy).dtype == policy.encode(torch.rand(1, policy.n_frames, 3, *policy.size)).dtype == torch.float32
 
@@ -272,6 +282,17 @@ def test_an_edit_of_a_clip_begins_and_ends_where_it_should(policy):
     z_0 = denoise(lambda x, t: from_x0(z, x, schedule.at(t), schedule.prediction_type), z_t, steps, schedule)
     torch.testing.assert_close(z_0, corrupt(z, eps, schedule.final_alpha_bar), atol=2e-3, rtol=1e-3)
     assert len(steps) == 6 and 0 < schedule.at(steps[0]) < 1
+
+
+@pytest.mark.parametrize("name", ["modelscope", "cogvideox", "wan"])
+def test_instructvideo_edits_on_the_model_s_own_grid(opened, name):
+    policy, config = copied(opened[name]), InstructVideoConfig(n_ddim=5, tau=.6, grad_steps=1, merge_lora=False)
+    add_lora(policy, rank=2)
+    z, eps, schedule = policy.encode(torch.rand(2, policy.n_frames, 3, *policy.size)), policy.noise(range(2)), policy.schedule
+    steps = schedule.timesteps(5, .6)
+    with torch.no_grad(): by_hand = denoise(policy.denoiser(PROMPTS, config.guidance_scale), corrupt(z, eps, schedule.at(steps[0])), steps, schedule)
+    edited = edit(policy, z, eps, PROMPTS, config)
+    assert edited.requires_grad and torch.allclose(edited, by_hand, atol=1e-5)
 
 
 # ---- LoRA and directories
@@ -347,8 +368,9 @@ def test_unknown_directories_are_refused(folders, tmp_path):
     (folder / "model_index.json").write_text('{"_class_name": "X"}')
     refused(folder, "neither a unet nor a transformer is named")
 
-@pytest.mark.parametrize("kind, prediction, expected", [("modelscope", "sample", "epsilon or v_prediction"), ("cogvideox", "sample", "epsilon or v_prediction"),
-                                                        ("wan", "epsilon", "flow_prediction"), ("svd", "epsilon", "v_prediction")])
+@pytest.mark.parametrize("kind, prediction, expected", [
+    ("modelscope", "sample", "epsilon or v_prediction"), ("cogvideox", "sample", "epsilon or v_prediction"), ("wan", "epsilon", "flow_prediction"),
+    ("svd", "epsilon", "v_prediction")])
 def test_prediction_type_is_refused(folders, tmp_path, kind, prediction, expected):
     folder = broken(folders, kind, tmp_path)
     edit_json(folder / "scheduler/scheduler_config.json", prediction_type=prediction)
@@ -366,7 +388,8 @@ def test_other_frames_and_sizes_can_be_asked_for(folders):
     policy = VideoPolicy.from_pretrained(folders["wan"], n_frames=5, size=(48, 32))
     assert policy.latent_shape == (4, 2, 6, 4) and draw(policy).shape == (2, 5, 3, 48, 32)
 
-SMALL_COGVIDEOX = dict(num_attention_heads=1, attention_head_dim=16, out_channels=4, text_embed_dim=16, num_layers=1, sample_width=4, sample_height=4, sample_frames=17)
+SMALL_COGVIDEOX = dict(
+    num_attention_heads=1, attention_head_dim=16, out_channels=4, text_embed_dim=16, num_layers=1, sample_width=4, sample_height=4, sample_frames=17)
 
 def test_a_spiece_model_alone_says_what_to_install(folders, tmp_path):
     if importlib.util.find_spec("sentencepiece"): pytest.skip("sentencepiece is here, so the file opens")
@@ -412,7 +435,8 @@ FULL = { # network, its published config, weights, adapters' matrices, some keys
         1_524_623_082, 256, {"conv_in.weight": (320, 8, 3, 3), "add_embedding.linear_1.weight": (1280, 768),
                              "mid_block.attentions.0.temporal_transformer_blocks.0.attn1.to_q.weight": (1280, 1280), "conv_out.weight": (4, 320, 3, 3)}),
 }
-PUBLISHED = {"ModelScopeT2V": (1.7, .2), "CogVideoX-2B": (2., .2), "Wan 2.1 T2V 1.3B": (1.3, .1), "Stable Video Diffusion": (1.521, .003)} # billions, share it may differ
+PUBLISHED = { # billions, and the share by which the network alone may differ
+    "ModelScopeT2V": (1.7, .2), "CogVideoX-2B": (2., .2), "Wan 2.1 T2V 1.3B": (1.3, .1), "Stable Video Diffusion": (1.521, .003)}
 
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_has_the_published_keys_shapes_and_weights(name):
