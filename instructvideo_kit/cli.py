@@ -114,6 +114,12 @@ def _clips(data, policy, seed):
     typer.echo(clips.report)
     return clips
 
+def _memory_of(policy, reward, config):
+    "GB that a step takes; KitError when there is less."
+    from instructvideo_kit.tuning.memory import check_memory
+    found = check_memory(policy, reward, config)
+    return (found["peak"] - found["weights"]) / 1024
+
 @app.command()
 def tune(
     data: Annotated[str, typer.Option(help="Folder with metadata.csv (file_name,text), a list of path|||caption lines, or menagerie.")],
@@ -124,6 +130,7 @@ def tune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     steps: Annotated[Optional[int], typer.Option(help="Optimiser steps.")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of the run.")] = None,
+    memory: Annotated[Optional[str], typer.Option(help="Settings for a card: t4-16gb, a100-40gb, a100-80gb or h200.")] = None,
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="field=value of the preset; may be repeated.")] = None,
 ):
     "Tune a policy with InstructVideo on captioned clips."
@@ -131,12 +138,17 @@ def tune(
     from instructvideo_kit.demo import best_device
     from instructvideo_kit.policy import VideoPolicy
     from instructvideo_kit.reward.clip import ClipReward
+    import torch
     from instructvideo_kit.tuning import instructvideo
+    from instructvideo_kit.tuning.memory import with_memory_preset
     from instructvideo_kit.tuning.trainer import load_preset
     named = {"policy": policy, "reward": reward, "steps": steps, "seed": seed}
     config = load_preset(preset, instructvideo.InstructVideoConfig, {**parse_set(set_ or []), **{k: v for k, v in named.items() if v is not None}})
-    model = VideoPolicy.from_pretrained(config.policy, device=best_device())
-    clips, judge = _clips(data, model, config.seed), ClipReward.from_pretrained(config.reward, device=best_device())
+    if memory: config = with_memory_preset(config, memory)
+    where = dict(device=best_device(), dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision))
+    model, judge = VideoPolicy.from_pretrained(config.policy, **where), ClipReward.from_pretrained(config.reward, **where)
+    typer.echo(f"a step takes about {_memory_of(model, judge, config):.1f} GB beside the weights")
+    clips = _clips(data, model, config.seed)
     try: result = instructvideo.tune(model, judge, clips, config, out, resume)
     except KeyboardInterrupt: _stop(f"stopped; the same command with --resume goes on from the last checkpoint in {out}", 130)
     typer.echo(f"LoRA: {result.lora}\nnext: instructvideo-kit evaluate {out}")
@@ -220,8 +232,8 @@ def evaluate(
     comparison = save_comparison(folder, before, after)
     typer.echo("\n".join([str(comparison), "", *verdict(comparison), f"saved in {folder}"]))
 
-# %% ../nbs/95_cli.ipynb #1eafc6a8
-PARTS = {"policy": "policy", "judge": "reward", "oracle": "oracle"} # part -> kind of weights
+# %% ../nbs/95_cli.ipynb #e6ddc76c
+PARTS = {"policy": "policy", "judge": "reward", "video-judge": "videoscore", "oracle": "oracle"} # part -> kind of weights
 
 def _train(part, out, steps, picture_steps, seed, start=None):
     "Train a part; its finished folder."
@@ -233,6 +245,9 @@ def _train(part, out, steps, picture_steps, seed, start=None):
     if part == "judge":
         from instructvideo_kit.menagerie.judge import save_judge, train_judge
         save_judge(*train_judge(out, **given), out/"judge")
+    elif part == "video-judge":
+        from instructvideo_kit.menagerie.video_judge import save_video_judge, train_video_judge
+        save_video_judge(*train_video_judge(out, **given), out/"video-judge")
     else:
         from instructvideo_kit.menagerie.oracle import Oracle, train_oracle
         Oracle(train_oracle(out, **given)).save_pretrained(out/"oracle")
@@ -251,7 +266,7 @@ def _ship(folder, kind):
 
 @menagerie.command()
 def train(
-    part: Annotated[str, typer.Option(help="policy, judge or oracle.")],
+    part: Annotated[str, typer.Option(help="policy, judge, video-judge or oracle.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; goes on from the checkpoint in it.")],
     steps: Annotated[Optional[int], typer.Option(min=1, help="Optimiser steps (policy: of its second phase, on clips).")] = None,
     picture_steps: Annotated[Optional[int], typer.Option(min=0, help="Policy: steps of its first phase, on single pictures.")] = None,

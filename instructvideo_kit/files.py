@@ -26,14 +26,14 @@ def near(
     if close: return "did you mean " + " or ".join(f'"{c}"' for c in close) + "?"
     return "there is " + ", ".join(f'"{k}"' for k in known) if known else "there is none yet"
 
-# %% ../nbs/00_files.ipynb #b45408e7
-KINDS = ("policy", "reward", "oracle", "preset")
+# %% ../nbs/00_files.ipynb #e61482cb
+KINDS = ("policy", "reward", "videoscore", "oracle", "preset")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def _package_data()->Path: return Path(str(resources.files("instructvideo_kit")))
 
 def shipped(
-    kind:str, # "policy", "reward", "oracle" or "preset"
+    kind:str, # "policy", "reward", "videoscore", "oracle" or "preset"
 )->dict: # name -> path
     "The names that come with the package; ValueError for an unknown kind."
     if kind not in KINDS: raise ValueError(f'kind is "{kind}"; {near(kind, KINDS)}')
@@ -56,7 +56,7 @@ def _from_hub(
 # %% ../nbs/00_files.ipynb #0464f7ef
 def locate(
     name, # shipped name, path, or hub id
-    kind:str, # "policy", "reward", "oracle" or "preset"
+    kind:str, # "policy", "reward", "videoscore", "oracle" or "preset"
 )->Path: # existing folder, or the YAML file of a preset
     "Where the named weights or preset lie; KitError with near names when they are nowhere."
     known = shipped(kind)

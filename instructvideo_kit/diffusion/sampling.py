@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['to_x0_eps', 'from_x0', 'ddim_step', 'guide', 'step_pairs', 'denoise']
 
-# %% ../../nbs/diffusion/01_sampling.ipynb #6747d566
+# %% ../../nbs/diffusion/01_sampling.ipynb #d73046e1
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
@@ -80,15 +82,20 @@ def denoise(
     grad_steps:int=0, # K: the last K steps carry a gradient, 0 <= K <= len(timesteps)
     checkpoint:bool=False, # keep only the input of each gradient step and run it again in the backward pass
     callback=None, # called (i, t, z) after step i, with its result z
+    free=nullcontext, # context in which the steps without gradient run, such as one that merges adapters
 )->Tensor: # z_0, like z_t
     "Partial or full DDIM chain, truncated back-propagation (sections 3.2.1, 3.3 of InstructVideo); ValueError when K is out of range."
     pairs = step_pairs(timesteps)
     if not 0 <= grad_steps <= len(pairs):
         raise ValueError(f"grad_steps is {grad_steps}; this chain has {len(pairs)} steps, so it must lie in 0..{len(pairs)}")
+    opened = len(pairs) - (grad_steps if torch.is_grad_enabled() else 0) # the first step with a gradient
     def step(z, t, t_prev): return ddim_step(z, model(z, t), t, t_prev, schedule)
-    for i, (t, t_prev) in enumerate(pairs):
-        carries_gradient = torch.is_grad_enabled() and i >= len(pairs) - grad_steps
-        with torch.set_grad_enabled(carries_gradient):
-            z_t = checkpointed(step, z_t, t, t_prev, use_reentrant=False) if checkpoint and carries_gradient else step(z_t, t, t_prev)
-        if callback is not None: callback(i, t, z_t)
-    return z_t
+    def recomputed(z, t, t_prev): return checkpointed(step, z, t, t_prev, use_reentrant=False)
+    def walk(z, some, step):
+        for i, (t, t_prev) in some:
+            z = step(z, t, t_prev)
+            if callback is not None: callback(i, t, z)
+        return z
+    steps = list(enumerate(pairs))
+    with torch.no_grad(), free() if opened else nullcontext(): z_t = walk(z_t, steps[:opened], step)
+    return walk(z_t, steps[opened:], recomputed if checkpoint else step)

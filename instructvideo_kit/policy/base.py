@@ -385,6 +385,16 @@ def _embed_one(self:VideoPolicy, prompt):
 
 
 @patch
+def remember(
+    self:VideoPolicy,
+    prompt:str, # a caption
+    embedding, # (n, d), as `embed` gives it
+):
+    "Take a caption's embedding from elsewhere (a cache) instead of computing it."
+    self._embeddings[prompt] = embedding.to(self.device)
+
+
+@patch
 def embed(
     self:VideoPolicy,
     prompts, # list of b strings

@@ -101,6 +101,13 @@ class ClipReward(nn.Module):
         if new: self._texts.update(((p, *where), feature) for p, feature in zip(new, self._read(new)))
         return torch.stack([self._texts[p, *where] for p in prompts])
 
+    def remember(self,
+        prompt, # a caption
+        feature, # (d,), as `text_features` gives it
+    ):
+        "Take a caption's feature from elsewhere (a cache) instead of computing it."
+        self._texts[prompt, self.model.device, self.model.dtype] = feature.to(self.model.device)
+
     @torch.no_grad()
     def _read(self, prompts):
         "Captions -> (n, d) of length 1."

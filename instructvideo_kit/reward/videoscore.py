@@ -76,11 +76,12 @@ def videoscore_text(
     prompt:str, # the clip's caption
     n_frames:int, # pictures that follow
     n_latents:int=64, # places per picture
+    question:str=PROMPT, # with {text_prompt} where the caption goes
 )->str:
     "The question with its caption and `n_latents` places for each frame; ValueError for a caption with a picture token in it."
     if found := next((t for t in (IMAGE, AROUND) if t in prompt), None):
         raise ValueError(f'the prompt holds "{found}", which the judge reads as the place of a frame; take it out')
-    return PROMPT.replace("{text_prompt}", prompt) + f"{AROUND}{IMAGE*n_latents}{AROUND} "*n_frames
+    return question.replace("{text_prompt}", prompt) + f"{AROUND}{IMAGE*n_latents}{AROUND} "*n_frames
 
 # %% ../../nbs/reward/04_videoscore.ipynb #40a94ef1
 SAMPLINGS = ("example", "benchmark")
@@ -150,6 +151,7 @@ class VideoScoreReward(nn.Module):
         dim:str="temporal_consistency", # what `score` gives: a name of `dims`, or "mean"
         name:str="videoscore", # shown in logs and reports
         max_tokens:int=None, # a longer caption is cut; None: what the model takes
+        question:str=PROMPT, # what the judge was trained to be asked, with {text_prompt} where the caption goes
         **pictures, # shortest, longest, mean, std: see idefics_pictures
     ):
         super().__init__()
@@ -161,7 +163,7 @@ class VideoScoreReward(nn.Module):
         tokenizer.no_padding(), tokenizer.no_truncation()
         self.model, self.tokenizer, self.name = model.requires_grad_(False).eval(), tokenizer, name
         self.max_frames, self.sampling, self.dim, self.max_tokens = max_frames, sampling, dim, max_tokens or self.most_tokens
-        self.pictures = pictures
+        self.question, self.pictures = question, pictures
 
     def train(self, mode=True): return super().train(False) # a judge has no training mode
 
@@ -235,7 +237,7 @@ class VideoScoreReward(nn.Module):
     def _place_id(self, config): return config.image_token_id
     def _pictures(self, video): return video[:, videoscore_frames(video.shape[1], self.max_frames, self.sampling)]
     def _places(self, h, w, n_pictures): return self.model.config.perceiver_config.resampler_n_latents
-    def _text(self, prompt, n_pictures, n_places): return videoscore_text(prompt, n_pictures, n_places)
+    def _text(self, prompt, n_pictures, n_places): return videoscore_text(prompt, n_pictures, n_places, self.question)
 
     def _see(self, x, n_pictures):
         "(n, 3, h, w) in [0, 1] -> (n, places, d); an even grey frame is a frame like any other."
@@ -253,7 +255,7 @@ class VideoScoreReward(nn.Module):
 
     @classmethod
     def from_pretrained(cls,
-        name_or_path="videoscore", # a name of VIDEOSCORES, a folder with such a model, a hub id
+        name_or_path="videoscore", # "menagerie", a name of VIDEOSCORES, a folder with such a model, a hub id
         dtype=None, # None: float32; torch.bfloat16 is the release's own and takes half
         device=None, # None: the CPU
         **kwargs, # dim, sampling, max_tokens; max_frames for a folder that does not have its release's name
@@ -262,7 +264,7 @@ class VideoScoreReward(nn.Module):
         folder, facts = _find(name_or_path)
         model, tokenizer = _load_model(folder, dtype or torch.float32), _load_tokenizer(folder)
         family = VideoScoreQwenReward if isinstance(model, VideoScoreQwenModel) else VideoScoreReward
-        return family(model, tokenizer, **{**facts, **_picture_facts(folder), **kwargs}).to(device=device)
+        return family(model, tokenizer, **{**facts, **_read_json(folder/"kit.json"), **_picture_facts(folder), **kwargs}).to(device=device)
 
 # %% ../../nbs/reward/04_videoscore.ipynb #9f76e8c3
 VIDEO = "<|video_pad|>"
@@ -327,7 +329,7 @@ class VideoScoreQwenReward(VideoScoreReward):
     def _text(self, prompt, n_pictures, n_places):
         if found := re.search(r"<\|[a-z_]+\|>", prompt):
             raise ValueError(f'the prompt holds "{found[0]}", which the judge reads as a mark of its own; take it out')
-        return CHAT.replace("{places}", VIDEO*n_places*n_pictures).replace("{question}", PROMPT.replace("{text_prompt}", prompt))
+        return CHAT.replace("{places}", VIDEO*n_places*n_pictures).replace("{question}", self.question.replace("{text_prompt}", prompt))
 
     def _see(self, x, n_pictures):
         "(n, 2, 3, h, w) in [0, 1] -> (n, places, d)"
@@ -356,7 +358,7 @@ def _find(
     known = next((k for k, facts in VIDEOSCORES.items() if same(k, facts)), None)
     facts = VIDEOSCORES.get(known, dict(max_frames=16))
     source = facts["source"] if known and not Path(name).exists() else str(name)
-    try: folder = locate(source, "reward")
+    try: folder = locate(source, "videoscore")
     except KitError as e:
         if known is None: raise KitError(f"{e}; video judges are {', '.join(VIDEOSCORES)}") from e
         raise KitError(f'{e}. Or run "hf download {source} --local-dir {source.split("/")[1]}" on another machine ({facts["gigabytes"]} GB), '

@@ -6,20 +6,23 @@
 __all__ = ['InstructVideoConfig', 'user_error', 'draw_noise', 'edit', 'score', 'objective', 'reward_gradient', 'step_cost',
            'InstructVideo', 'captions_of', 'TuneResult', 'check_inputs', 'tune']
 
-# %% ../../nbs/tuning/01_instructvideo.ipynb #611afde9
+# %% ../../nbs/tuning/01_instructvideo.ipynb #d73046e1
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..diffusion.sampling import denoise
-from ..diffusion.schedule import corrupt, ddim_timesteps, n_steps, noise_timestep
+from ..diffusion.schedule import corrupt, n_steps
 from ..files import KitError
 from ..policy.base import check_video
-from ..policy.lora import add_lora, load_lora, lora_parameters, save_lora
+from ..policy.lora import add_lora, load_lora, lora_parameters, merged_lora, save_lora
+from ..policy.recompute import recomputed
 from ..reward.base import augment, clamp_frames
 from ..reward.segvr import segment_frames, segmental_reward
 from ..reward.tar import tar_weights
+from .cache import DiskCache, cache_texts
 from .trainer import (
     RunFolder, Trainer, TrainerConfig, clip_order, example_generator, fingerprint, make_accelerator, need, need_one_of, read_log)
 
@@ -44,7 +47,9 @@ class InstructVideoConfig(TrainerConfig):
     augment_shift: int = 0 # pixels; the paper has none; a judge shown shifted frames is harder to fool
     augment_noise: float = 0.0 # standard deviation; the paper has none
     frames_at_once: int = 0 # frames of a clip decoded and scored together, 0: all; the result is the same, the memory is not
+    merge_lora: bool = True # add the LoRA to the weights while no gradient is needed, instead of computing beside them; released code: no
     checkpoint: bool = False # recompute activations of the steps with gradient: less memory, a third more work in them; released code: yes
+    checkpoint_blocks: bool = False # the same, block by block: less memory for the same work; released code: this too, inside the other
 
     def check(self):
         super().check()
@@ -54,6 +59,7 @@ class InstructVideoConfig(TrainerConfig):
         known = dict(frames=("random", "first", "middle"), tar_center=("paper", "midpoint"), loss=("-R", "1-R"), clamp=("zero", "straight"))
         for name, values in known.items(): need_one_of(name, getattr(self, name), values)
         steps = user_error(n_steps, self.tau, self.n_ddim)
+        need(not (self.checkpoint and self.checkpoint_blocks), "checkpoint and checkpoint_blocks are both on, expected one: two levels recompute twice and save nothing more")
         need(1 <= self.grad_steps <= steps, f"grad_steps is {self.grad_steps}; tau {self.tau:g} of {self.n_ddim} DDIM steps is a chain of {steps}, expected 1..{steps}")
 
 def user_error(call, *args):
@@ -78,14 +84,15 @@ def edit(
     z, # clean latents (b, c, f, h, w)
     eps, # noise, like z
     prompts, # list of b captions
-    config, # InstructVideoConfig: tau, n_ddim, grad_steps, guidance_scale, batched_cfg, checkpoint
+    config, # InstructVideoConfig: tau, n_ddim, grad_steps, guidance_scale, batched_cfg, merge_lora, checkpoint, checkpoint_blocks
 )->torch.Tensor: # z_0, edited latents (b, c, f, h, w), with a graph through the last K steps
     "Reward fine-tuning as editing: corrupt to t_noi and denoise in tau * D steps, Eq. (3)-(5) of InstructVideo."
-    t_noi = noise_timestep(config.tau, config.n_ddim, policy.schedule.n_train)
-    timesteps = ddim_timesteps(config.n_ddim, policy.schedule.n_train, config.tau)
-    z_t = corrupt(z.to(policy.device), eps.to(policy.device, z.dtype), policy.schedule.at(t_noi))
+    timesteps = policy.schedule.timesteps(config.n_ddim, config.tau) # t_noi = d(tau * D) comes first; the grid is the model's own
+    z_t = corrupt(z.to(policy.device), eps.to(policy.device, z.dtype), policy.schedule.at(timesteps[0]))
     model = policy.denoiser(prompts, config.guidance_scale, config.batched_cfg)
-    return denoise(model, z_t, timesteps, policy.schedule, config.grad_steps, config.checkpoint)
+    merged = (lambda: merged_lora(policy)) if config.merge_lora else nullcontext
+    with recomputed(policy) if config.checkpoint_blocks else nullcontext():
+        return denoise(model, z_t, timesteps, policy.schedule, config.grad_steps, config.checkpoint, free=merged)
 
 # %% ../../nbs/tuning/01_instructvideo.ipynb #66d6e9f1
 def score(
@@ -141,7 +148,7 @@ def step_cost(
     "What a tuning step costs in UNet forward passes: c [(n - K) + K (2 + rho)]."
     w = guidance_scale if config.guidance_scale is None else config.guidance_scale
     n, k = n_steps(config.tau, config.n_ddim), config.grad_steps
-    return (1 if w == 1 else 2) * ((n - k) + k*(3 if config.checkpoint else 2))
+    return (1 if w == 1 else 2) * ((n - k) + k*(3 if config.checkpoint or config.checkpoint_blocks else 2))
 
 # %% ../../nbs/tuning/01_instructvideo.ipynb #f50969a4
 class InstructVideo:
@@ -153,27 +160,27 @@ class InstructVideo:
         clips, # sequence of (clip (f, 3, h, w) in [0, 1], caption)
         config, # InstructVideoConfig
         accelerator, # accelerate.Accelerator
+        cache=None, # DiskCache of latents; None: in memory only
     ):
         self.policy, self.reward, self.clips, self.config, self.accelerator = policy, reward, clips, config, accelerator
-        self.captions, self._latents = captions_of(clips), {}
+        self.captions, self.cache = captions_of(clips), cache or DiskCache()
 
     def latents(self, i):
         "Latents (c, f, h, w) of clip i, encoded once."
-        if i not in self._latents:
-            with torch.no_grad(): self._latents[i] = self.policy.encode(self.clips[i][0][None])[0].cpu()
-        return self._latents[i]
+        with torch.no_grad(): return self.cache(f"latents of clip {i}", lambda: self.policy.encode(self.clips[i][0][None])[0])
 
     def __call__(self, positions):
         config, policy = self.config, self.policy
         order = clip_order(positions, len(self.clips), config.seed)
         generators = [example_generator(config.seed, p) for p in positions]
         z, prompts = torch.stack([self.latents(i) for i in order]), [self.captions[i] for i in order]
+        cache_texts(self.cache, policy, self.reward, prompts)
         eps = draw_noise(policy.latent_shape, generators, config.offset_noise)
         g = torch.cat([segment_frames(policy.n_frames, config.n_segments, 1, config.frames, generator) for generator in generators])
         with self.accelerator.autocast():
-            policy.unet.train(config.dropout)
+            policy.network.train(config.dropout)
             z_0 = edit(policy, z, eps, prompts, config)
-            policy.unet.eval()
+            policy.network.eval()
             scaler = self.accelerator.scaler
             gradient, scores = reward_gradient(policy, self.reward, z_0, g, prompts, config, generators, scaler.get_scale() if scaler else 1.)
         self.accelerator.backward((z_0 * gradient).sum())
@@ -211,7 +218,7 @@ def check_inputs(
     need(not empty, f"{len(empty)} of {len(captions)} captions are empty, the first is number {empty[0] if empty else ''}; write what the clip shows")
     user_error(segment_frames, policy.n_frames, config.n_segments)
     user_error(check_video, clips[0][0][None], (policy.n_frames, 3, *policy.size))
-    need(not getattr(policy.unet, "peft_config", None), "the policy carries a LoRA already; open it afresh, or merge_lora(policy) to tune on top of it")
+    need(not getattr(policy.network, "peft_config", None), "the policy carries a LoRA already; open it afresh, or merge_lora(policy) to tune on top of it")
     return captions
 
 def tune(
@@ -237,7 +244,8 @@ def tune(
     save, load = (lambda folder: save_lora(policy, folder)), (lambda folder: load_lora(policy, folder))
     trainer = Trainer(config, run, lora_parameters(policy), save, load, accelerator, progress)
     if resume: trainer.load()
-    trainer.fit(InstructVideo(policy, reward, clips, config, accelerator), evaluate and (lambda step: evaluate(policy, step)), stop_after)
+    cache = DiskCache(run.path/"cache") # a run folder belongs to one policy, one reward and its clips
+    trainer.fit(InstructVideo(policy, reward, clips, config, accelerator, cache), evaluate and (lambda step: evaluate(policy, step)), stop_after)
     return _result(policy, run, trainer)
 
 def _not_in_config(inputs, config): # "policy" and "reward" are fields of the config too: keep the objects' own names apart

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHOSEN', 'GREY', 'RULE', 'BARS', 'segment_numbers', 'frame_lefts', 'draw_bars', 'segment_strip', 'segment_note',
-           'SegmentStrip']
+           'reward_note', 'SegmentStrip']
 
 # %% ../../nbs/widgets/02_segments.ipynb #6747d566
 import torch
@@ -65,17 +65,21 @@ def segment_strip(
     center:str='paper', # "paper" or "midpoint"
     seed:int=0, # for mode "random"
     scale:int=2, # magnification
+    scores=None, # (f,) reward of every frame, written above it
 )->tuple: # (PIL image, dict of segment_numbers)
-    "The frames of a clip, the chosen ones framed, their weights as bars; ValueError as segment_numbers."
+    "The frames of a clip, the chosen ones framed, their weights as bars; ValueError as segment_numbers, or for another number of scores."
     n_frames, _, h, w = video.shape
+    if scores is not None and len(scores) != n_frames: raise ValueError(f"{len(scores)} scores for {n_frames} frames: expected one each")
     numbers = segment_numbers(n_frames, n_segments, lam, mode, center, seed)
     lefts, width, height = frame_lefts(numbers['bounds'], w * scale), w * scale, h * scale
-    sheet = Image.new('RGB', (lefts[-1] + width + 3, height + BARS + 22), 'white')
+    top = 0 if scores is None else 14
+    sheet = Image.new('RGB', (lefts[-1] + width + 3, top + height + BARS + 22), 'white')
     canvas = ImageDraw.Draw(sheet)
     for f, left in enumerate(lefts):
-        sheet.paste(film_strip(video[f:f + 1], every=1, scale=scale), (left, 3))
-        if f in numbers['frames']: canvas.rectangle([left - 2, 1, left + width + 1, height + 4], outline=CHOSEN, width=3)
-    draw_bars(canvas, lefts, height + 6, width, tar_weights(torch.arange(n_frames)[None], n_frames, lam, center)[0].tolist(), numbers)
+        sheet.paste(film_strip(video[f:f + 1], every=1, scale=scale), (left, top + 3))
+        if f in numbers['frames']: canvas.rectangle([left - 2, top + 1, left + width + 1, top + height + 4], outline=CHOSEN, width=3)
+        if top: canvas.text((left + width // 2, 1), f'{float(scores[f]):.2f}', fill=CHOSEN if f in numbers['frames'] else RULE, anchor='mt')
+    draw_bars(canvas, lefts, top + height + 6, width, tar_weights(torch.arange(n_frames)[None], n_frames, lam, center)[0].tolist(), numbers)
     return sheet, numbers
 
 # %% ../../nbs/widgets/02_segments.ipynb #ef62b4d3
@@ -88,16 +92,27 @@ def segment_note(
     shares = ', '.join(f'{f}: {100 * s:.3g} %' for f, s in zip(numbers['frames'], numbers['shares']))
     return f'centre at frame {tar_center(n_frames, center):g}; share of the gradient per chosen frame: {shares}'
 
+def reward_note(
+    numbers:dict, # from segment_numbers
+    scores, # (f,) reward of every frame, or None
+)->str: # HTML, empty without scores
+    "The clip's reward from the chosen frames, weighted (Eq. 8) and plain (Eq. 6), and the mean of all frames."
+    if scores is None: return ''
+    r, weights, every = torch.as_tensor(scores, dtype=torch.float32), torch.tensor(numbers['weights']), torch.as_tensor(scores).float().mean()
+    chosen = r[numbers['frames']]
+    return f'<br>reward of the clip: weighted R = {(weights * chosen).mean():.3f}, plain mean of the chosen {chosen.mean():.3f}, of all frames {every:.3f}'
+
 def SegmentStrip(
     video, # (f, 3, h, w) in [0, 1]
     n_segments:int=4, # S, where the slider starts
     lam:float=1.0, # lambda_tar, where the slider starts
     scale:int=2, # magnification
+    scores=None, # (f,) reward of every frame
 )->Panel:
-    "Sliders for S, lambda_tar and the seed, lists for the mode and the centre, over a clip's frames."
+    "Sliders for S, lambda_tar and the seed, lists for the mode and the centre, over a clip's frames and their rewards."
     def draw(n_segments, lam, mode, center, seed):
-        picture, numbers = segment_strip(video, n_segments, lam, mode, center, seed, scale)
-        return png_bytes(picture), segment_note(numbers, len(video), center)
+        picture, numbers = segment_strip(video, n_segments, lam, mode, center, seed, scale, scores)
+        return png_bytes(picture), segment_note(numbers, len(video), center) + reward_note(numbers, scores)
     sliders = {'n_segments': slider('S', n_segments, 1, len(video), 1), 'lam': slider('lambda', lam, 0., 2., 0.1)}
     lists = {'mode': choice('frame', ('first', 'random', 'middle')), 'center': choice('centre', ('paper', 'midpoint'))}
     return Panel(draw, {**sliders, **lists, 'seed': slider('seed (random)', 0, 0, 20, 1)})
