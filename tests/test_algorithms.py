@@ -253,6 +253,17 @@ def test_draft_k_is_the_truncated_gradient_and_k_equal_d_the_full_one(folder):
     assert (found[1] - found[3]).norm() > .01*found[3].norm()
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "checkpoint_blocks"])
+def test_recomputing_changes_no_gradient_not_even_with_dropout(folder, kind):
+    gradients = []
+    for options in ({}, {kind: True}):
+        policy = open_policy(folder); add_lora(policy, 2); awake(policy)
+        torch.manual_seed(0)
+        gradients.append(gradient_of(policy, draft.Draft, redness, draft.DraftConfig(**DRAWN, clamp="straight", grad_steps=2, dropout=True, **options))[0])
+        assert not policy.unet.training
+    assert gradients[0].norm() > 0 and (gradients[0] - gradients[1]).norm() < 1e-4*gradients[0].norm()
+
+
 def test_refl_at_the_last_step_is_draft_1_times_its_scale(folder):
     gradients = []
     for Algorithm, config in ((draft.Draft, draft.DraftConfig(**DRAWN, clamp="straight", grad_steps=1)),

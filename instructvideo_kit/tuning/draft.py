@@ -13,7 +13,7 @@ import torch
 from ..diffusion.sampling import denoise
 from ..diffusion.schedule import corrupt
 from ..reward.segvr import segment_frames
-from .common import branches, chain, prompts_of, push, run
+from .common import branches, chain, grad_cost, prompts_of, push, recomputing, run
 from .instructvideo import InstructVideoConfig, TuneResult, draw_noise
 from .trainer import clip_order, example_generator, need, need_one_of
 
@@ -75,13 +75,14 @@ class Draft:
         eps = draw_noise(policy.latent_shape, generators, config.offset_noise)
         g = torch.cat([segment_frames(policy.n_frames, config.n_segments, 1, config.frames, generator) for generator in generators])
         k = self.open_steps(generators[0])
-        with self.accelerator.autocast():
-            policy.network.train(config.dropout)
+        policy.network.train(config.dropout) # until after the backward pass, which may run the last steps again
+        with self.accelerator.autocast(), recomputing(policy, config):
             z_0 = chain(policy, prompts, eps, config, 0 if config.lv_noises else k, config.checkpoint)
             if n := config.lv_noises:
                 z_0, g, prompts, generators = last_steps(policy, prompts, z_0, generators, config), g.repeat(n, 1), prompts*n, generators*n
-            policy.network.eval()
-        return push(policy, self.reward, z_0, g, prompts, config, generators, self.accelerator) | {"k": k}
+        row = push(policy, self.reward, z_0, g, prompts, config, generators, self.accelerator)
+        policy.network.eval()
+        return row | {"k": k}
 
 def tune(
     policy, # VideoPolicy, without a LoRA; it carries the tuned one afterwards
@@ -103,6 +104,6 @@ def step_cost(
     guidance_scale:float=2.0, # used where config leaves it to the policy
 )->float: # network evaluations per clip, a backward pass counted as one; with random truncation on average
     "c [(D - K) + K (2 + rho)], or c [D + n (2 + rho)] for DRaFT-LV."
-    k, grad = (config.grad_steps + 1)/2 if config.truncation == "random" else config.grad_steps, 3 if config.checkpoint else 2
+    k = (config.grad_steps + 1)/2 if config.truncation == "random" else config.grad_steps
     plain = config.n_ddim if config.lv_noises else config.n_ddim - k
-    return branches(config, guidance_scale) * (plain + grad*(config.lv_noises or k))
+    return branches(config, guidance_scale) * (plain + grad_cost(config)*(config.lv_noises or k))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OnlineDPOConfig', 'refresh', 'OnlineDPO', 'tune', 'step_cost']
 
-# %% ../../nbs/tuning/08_online_dpo.ipynb #944a1dda
-import math
+# %% ../../nbs/tuning/08_online_dpo.ipynb #44a9badd
+import math, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,9 @@ def refresh(
     trained = lora_parameters(policy)
     if "ref" not in policy.network.peft_config:
         about = policy.network.peft_config["learner"]
-        add_lora(policy, about.r, about.lora_alpha, sorted(about.target_modules), "ref")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore") # peft: "multiple adapters in the model"; they are meant
+            add_lora(policy, about.r, about.lora_alpha, sorted(about.target_modules), "ref")
         policy.network.set_adapter("learner")
     put_back(policy, snapshot(policy), "ref")
     policy.network.requires_grad_(False)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ..diffusion.sampling import ddim_step, step_pairs, to_x0_eps
 from ..reward.segvr import segment_frames
-from .common import branches, merging, prompts_of, push, run
+from .common import branches, grad_cost, merging, prompts_of, push, recomputing, run
 from .instructvideo import InstructVideoConfig, TuneResult, draw_noise
 from .trainer import clip_order, example_generator, need
 
@@ -79,13 +79,12 @@ class Refl:
         eps = draw_noise(policy.latent_shape, generators, config.offset_noise)
         g = torch.cat([segment_frames(policy.n_frames, config.n_segments, 1, config.frames, generator) for generator in generators])
         j = int(torch.randint(config.stop_from, config.stop_to + 1, (1,), generator=generators[0]))
-        with self.accelerator.autocast():
-            policy.network.train(config.dropout)
-            x0_hat = predicted_clip(policy, prompts, eps, j, config)
-            policy.network.eval()
+        policy.network.train(config.dropout) # until after the backward pass, which may run the step again
+        with self.accelerator.autocast(), recomputing(policy, config): x0_hat = predicted_clip(policy, prompts, eps, j, config)
         R = []
         def slope(clip_rewards): R.append(clip_rewards); return config.refl_scale * (clip_rewards < config.margin)
         row = push(policy, self.reward, x0_hat, g, prompts, config, generators, self.accelerator, slope)
+        policy.network.eval()
         return row | {"loss": refl_loss(R[0], config.margin, config.refl_scale), "j": j}
 
 def tune(
@@ -107,4 +106,4 @@ def step_cost(
     guidance_scale:float=2.0, # used where config leaves it to the policy
 )->float: # network evaluations per clip on average, a backward pass counted as one
     "c [mean j + 2 + rho]."
-    return branches(config, guidance_scale) * ((config.stop_from + config.stop_to)/2 + (3 if config.checkpoint else 2))
+    return branches(config, guidance_scale) * ((config.stop_from + config.stop_to)/2 + grad_cost(config))
