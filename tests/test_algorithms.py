@@ -305,7 +305,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(folder, tmp_path, na
     module, _, config = ALGORITHMS[name]
     run = lambda where, **options: module.tune(open_policy(folder), redness, PROMPTS, config, tmp_path/where, progress=False, **options)
     straight = run("straight")
-    run("halves", stop_after=1); run("halves", stop_after=3, resume=True)
+    run("halves", stop_after=3) # in the middle of a round
     halves = run("halves", resume=True)
     assert figures(halves.rows()) == figures(straight.rows()) and len(straight.rows()) == 4
     one, other = (load_file(r.lora/"pytorch_lora_weights.safetensors") for r in (straight, halves))
@@ -411,9 +411,9 @@ def test_rewards_without_a_gradient_or_of_another_shape(folder, tmp_path, name):
 
 
 def test_equal_candidates_are_skipped_and_counted(folder, tmp_path):
-    config, flat = ALGORITHMS["onlinevpo"][2], lambda frames, prompts: torch.zeros(len(frames))
+    config, flat = replace(ALGORITHMS["onlinevpo"][2], steps=2), lambda frames, prompts: torch.zeros(len(frames))
     result = online_dpo.tune(open_policy(folder), flat, PROMPTS, config, tmp_path/"run", progress=False)
-    assert [r["skipped"] for r in result.rows()] == [2]*4 and all(r["loss"] == 0 and r["grad_norm"] == 0 for r in result.rows())
+    assert [r["skipped"] for r in result.rows()] == [2]*2 and all(r["loss"] == 0 and r["grad_norm"] == 0 for r in result.rows())
     state = load_file(result.lora/"pytorch_lora_weights.safetensors")
     assert all(v.abs().sum() == 0 for k, v in state.items() if "lora_B" in k or "lora.up" in k)
     with pytest.raises(KitError, match="no pair to learn from"): dpo.tune(open_policy(folder), flat, PROMPTS, ALGORITHMS["dpo"][2], tmp_path/"dpo", progress=False)
