@@ -11,6 +11,9 @@ the table gives medians and ratios, which survive a noisy machine better than se
 """
 import argparse
 import contextlib
+import ctypes
+import gc
+import itertools
 import json
 import statistics
 import sys
@@ -31,7 +34,7 @@ from instructvideo_kit.reward.segvr import segment_frames
 from instructvideo_kit.tuning.instructvideo import InstructVideoConfig, edit, objective, reward_gradient, score
 
 SHAPES = { # a pipeline with an AutoencoderKL, so that decoding costs something
-    "small": dict(unet=(64, 96), text=96, vae=(32, 64, 64), vae_layers=2, size=32, frames=16, head=8, reward=dict(hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6, image_size=64, patch_size=8)),
+    "small": dict(unet=(64, 96), text=96, vae=(48, 96, 96), vae_layers=2, size=48, frames=16, head=8, reward=dict(hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6, image_size=64, patch_size=8)),
     "modelscope": dict(unet=(320, 640, 1280, 1280), text=1024, vae=(128, 256, 512, 512), vae_layers=2, size=256, frames=16, head=64, reward=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224, patch_size=14)),
 }
 
@@ -117,16 +120,23 @@ def in_turn(calls, repeats, device):
 
 
 def peak_memory(call, device):
-    "MiB that one call adds at its peak: of the GPU's memory, or of the process (Linux)."
-    import gc
+    "MiB of tensors that one call adds at its peak, as torch counts them: on a GPU by its allocator, on the CPU from the profiler's events."
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated(); call(); synchronise(device)
         return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    import ctypes
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler: call()
+    events = sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(itertools.accumulate((e.nbytes() for e in events), initial=0)) / 2 ** 20
+
+
+def process_memory(call):
+    "MiB by which the process grows at its peak during a call (Linux): tensors, the allocator's gaps and the libraries' scratch."
+    gc.collect()
     with contextlib.suppress(OSError, AttributeError): ctypes.CDLL("libc.so.6").malloc_trim(0)
     read = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
-    Path("/proc/self/clear_refs").write_text("5") # the high-water mark starts anew
+    try: Path("/proc/self/clear_refs").write_text("5") # the high-water mark starts anew
+    except OSError: return float("nan")
     before = read("VmRSS"); call()
     return read("VmHWM") - before
 
@@ -152,7 +162,7 @@ def pieces(step, device, repeats):
 
 def compare(args):
     "Times, memory, ablations and the floor, as a dict."
-    policy, reward = build(args.model, device=args.device, dtype=args.torch_dtype)
+    policy, reward = build(args.model, args.pixels, device=args.device, dtype=args.torch_dtype)
     add_lora(policy, 4)
     for p in lora_parameters(policy): torch.nn.init.normal_(p.data, std=.01)
     config = InstructVideoConfig(tau=.6, n_ddim=20, n_segments=4, guidance_scale=3., frames_at_once=1)
@@ -161,15 +171,16 @@ def compare(args):
     if not args.quick: calls |= {f"without: {WHAT[k]}": make(**{k: PUBLISHED[k]} | ({"staged": False} if k == "chosen" else {})) for k in WHAT}
     times = in_turn(calls, args.repeats, args.device)
     memory = {name: peak_memory(call, args.device) for name, call in calls.items()}
+    process = {name: process_memory(call) for name, call in calls.items()} if args.device == "cpu" else {}
     parts = pieces(calls["ours"], args.device, args.repeats)
-    return dict(model=args.model, device=args.device, dtype=args.dtype, torch=torch.__version__, threads=torch.get_num_threads(), batch=args.batch, seconds=times, memory_mib=memory, parts=parts)
+    return dict(model=args.model, pixels=policy.size[0], device=args.device, dtype=args.dtype, torch=torch.__version__, threads=torch.get_num_threads(), batch=args.batch, seconds=times, memory_mib=memory, process_mib=process, parts=parts)
 
 
 def table(found):
     "The comparison as markdown."
-    t, m = found["seconds"], found["memory_mib"]
-    lines = ["| step | seconds | against published | peak MiB above weights | against published |", "|---|---|---|---|---|"]
-    lines += [f"| {name} | {t[name]:.3f} | {t[name] / t['as published']:.2f} | {m[name]:.0f} | {m[name] / m['as published']:.2f} |" for name in t]
+    t, m, process = found["seconds"], found["memory_mib"], found["process_mib"]
+    lines = ["| step | seconds | of published | peak MiB of tensors | of published | of the process |", "|---|---|---|---|---|---|"]
+    lines += [f"| {name} | {t[name]:.3f} | {t[name] / t['as published']:.2f} | {m[name]:.0f} | {m[name] / m['as published']:.2f} | {process.get(name, 0):.0f} |" for name in t]
     p = found["parts"]
     return "\n".join(lines + ["", f"Floor from separately timed parts: {p['floor']:.3f} s (a UNet pass of both branches {p['free']:.4f}, with backward {p['grad']:.4f}, "
                                   f"decoding, scoring and back {p['judge']:.4f}); ours is {t['ours'] / p['floor']:.2f} of it."])
@@ -225,6 +236,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--batch", type=int, default=1, help="clips a step")
+    parser.add_argument("--pixels", type=int, default=None, help="height and width; the model's own by default")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; the median counts")
     parser.add_argument("--quick", action="store_true", help="ours and as published only")
     parser.add_argument("--scaling", action="store_true", help="sweep tau, D, F, S, resolution and batch instead")

@@ -135,3 +135,55 @@ def test_the_pool_replaces_its_oldest():
     assert pool.filled == 12 and pool.at == 20 % 12
     z, ids = pool.batch(200, 0)
     assert z.shape == (200, 3, 1, 8, 8) and .02 < (ids == token_ids(menagerie_tokenizer(), [""])).all(1).float().mean() < .25
+
+
+# guides of the clip phase
+
+def test_tracks_say_what_the_caption_says():
+    from instructvideo_kit.menagerie.models import tracks
+    from instructvideo_kit.menagerie.world import Scene
+    track = tracks([Scene("fox", m, "meadow", 4) for m in ("left", "right", "closer", "away", "rest")], torch.arange(16).expand(5, -1))
+    x, size = track[..., 0], track[..., 2]
+    assert (x[0].diff() < 0).all() and (x[1].diff() > 0).all() and x[2:].diff().abs().max() == 0
+    assert (size[2].diff() > 0).all() and (size[3].diff() < 0).all() and size[[0, 1, 4]].diff().abs().max() == 0
+
+
+def test_a_subject_is_drawn_where_its_track_says():
+    from dataclasses import replace
+    from instructvideo_kit.menagerie.models import tracks
+    from instructvideo_kit.menagerie.world import Scene
+    scene = Scene("fox", "right", "meadow", 4)
+    late = render([scene], torch.tensor([[15]]))[0, 0]
+    early = render([scene], torch.tensor([[0]]))[0, 0]
+    changed = (late - early).abs().sum(0) # where the fox left and where it came to
+    x = tracks([scene], torch.tensor([[0, 15]]))[0, :, 0] * 32
+    columns = changed[:28].sum(0)
+    assert columns[:16].sum() > 0 and columns[16:].sum() > 0 and x[1] - x[0] > 8
+    assert abs((columns * (torch.arange(32) + .5)).sum() / columns.sum() - x.mean()) < 3
+
+
+def test_guides_that_read_everything_have_no_loss_and_let_go_when_closed():
+    from instructvideo_kit.menagerie.models import Guides, guide_targets, new_unet, tracks
+    from instructvideo_kit.menagerie.tokens import menagerie_tokenizer
+    from instructvideo_kit.menagerie.world import Scene
+    unet = new_unet().eval()
+    guides = Guides(unet, menagerie_tokenizer())
+    track = tracks([Scene("fox", "left", "snow"), Scene("cat", "closer", "sea")], torch.arange(16).expand(2, -1))
+    perfect = [guide_targets(track, n, n).permute(1, 2, 0, 3, 4).flatten(0, 1) for n in (8, 4)]
+    guides.read = list(perfect)
+    assert guides.layers(track) < 1e-10 and guides.read == []
+    guides.read = [-p for p in perfect]
+    assert guides.layers(track) > .1
+    with torch.no_grad(): unet(torch.randn(1, 20, 16, 8, 8), 500, torch.randn(1, 16, 96))
+    assert len(guides.read) == len(guides.heads) > 4
+    guides.read = []
+    guides.close()
+    with torch.no_grad(): unet(torch.randn(1, 20, 16, 8, 8), 500, torch.randn(1, 16, 96))
+    assert guides.read == []
+
+
+def test_noisy_timesteps_come_more_often_with_a_small_power():
+    from instructvideo_kit.menagerie.models import spread_timesteps
+    g = torch.Generator().manual_seed(0)
+    plain, tilted = spread_timesteps(1000, g).float(), spread_timesteps(1000, g, power=.5).float()
+    assert 480 < plain.mean() < 520 and 640 < tilted.mean() < 690 and tilted.max() <= 999

@@ -290,3 +290,19 @@ def test_log_rows_are_json_lines(tmp_path):
     run.rewind(2)
     assert [json.loads(line)["step"] for line in run.log_path.read_text().splitlines()] == [1, 2]
     with pytest.raises(ValueError): run.log({"loss": float("nan")})
+
+
+@pytest.mark.parametrize("level", ["checkpoint", "checkpoint_blocks"])
+def test_recomputation_changes_no_gradient_even_with_dropout(folder, level):
+    gradients = []
+    for options in (dict(), {level: True}):
+        policy = open_policy(folder)
+        torch.manual_seed(0)
+        add_lora(policy, 2)
+        for p in lora_parameters(policy): p.data = .1*torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        config = InstructVideoConfig(**SMALL, dropout=True, merge_lora=False, **options)
+        torch.manual_seed(1)
+        InstructVideo(policy, redness, some_clips(policy), config, make_accelerator(config, "cpu"))(range(2))
+        gradients.append(torch.cat([p.grad.flatten() for p in lora_parameters(policy)]))
+        assert not policy.network.training
+    assert (gradients[0] - gradients[1]).norm() < 1e-5*gradients[0].norm()

@@ -59,11 +59,10 @@ def saved_bytes(
     parameters=(), # tensors not to count: they are in memory anyway
 )->int: # bytes
     "What autograd keeps between the forward and the backward pass, each storage counted once."
-    known, kept = {p.untyped_storage().data_ptr() for p in parameters}, {}
+    known, kept = {p.untyped_storage()._cdata for p in parameters}, {} # not data_ptr, which is 0 on the meta device
     def pack(x):
         storage = x.untyped_storage()
-        if storage.data_ptr() not in known: kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in known: kept[storage._cdata] = storage # held, so that no address is used twice
         return x
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): result = forward()
-    del result    # alive until here, so that no address was used twice
-    return sum(kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): forward()
+    return sum(storage.nbytes() for storage in kept.values())

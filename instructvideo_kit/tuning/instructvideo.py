@@ -180,10 +180,10 @@ class InstructVideo:
         with self.accelerator.autocast():
             policy.network.train(config.dropout)
             z_0 = edit(policy, z, eps, prompts, config)
-            policy.network.eval()
             scaler = self.accelerator.scaler
             gradient, scores = reward_gradient(policy, self.reward, z_0, g, prompts, config, generators, scaler.get_scale() if scaler else 1.)
         self.accelerator.backward((z_0 * gradient).sum())
+        policy.network.eval() # not before: what is recomputed must drop the same units again
         loss, R = objective(scores, g, policy.n_frames, config)
         return {"loss": loss, "reward": scores.mean(), "R": R.mean(), "reward_std": scores.std(correction=0)}
 
