@@ -168,3 +168,12 @@ def test_too_little_memory_is_said_before_anything_starts(policy):
 def test_memory_presets_are_for_a_batch_of_8_and_unknown_ones_name_the_near():
     for name in MEMORY_PRESETS: assert 8 % with_memory_preset(InstructVideoConfig(), name).grad_accum == 0
     with pytest.raises(KitError, match="a100-40gb"): with_memory_preset(InstructVideoConfig(), "a100-4gb")
+
+
+def test_the_network_is_compiled_when_asked_for(folder, tmp_path, monkeypatch): # that it computes the same takes two minutes to trace
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: asked.append(type(self).__name__))
+    fresh = VideoPolicy.from_pretrained(folder)
+    clips = [(torch.rand(fresh.n_frames, 3, *fresh.size), "a red cat")] * 2
+    tune(fresh, redness, clips, replace(CONFIG, steps=1, compile=True), tmp_path / "run", progress=False)
+    assert asked == ["UNet3DConditionModel"]
