@@ -178,3 +178,10 @@ def test_doctor(monkeypatch):
     monkeypatch.setattr(doctor, "check", lambda: [("Python", True, "3.11"), ("ffmpeg", False, "not found")])
     answer = call("doctor")
     assert answer.exit_code == 1 and "MEND" in answer.output
+
+
+@pytest.mark.parametrize("algorithm, says", [("drift", "draft"), ("draft", "is for instructvideo")])
+def test_unknown_algorithms_and_cards_for_others_are_refused(tmp_path, algorithm, says):
+    card = ["--memory", "h200"] if algorithm == "draft" else []
+    refused(call("tune", "--algorithm", algorithm, "--data", "menagerie", "--out", tmp_path/"run", *card), says)
+    assert not (tmp_path/"run").exists()

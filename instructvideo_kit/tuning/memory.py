@@ -63,7 +63,7 @@ def network_bytes(policy, config, batch):
 
 def judge_bytes(policy, judge, config, batch):
     "What autoencoder and reward keep for the frames that are handled at once; both hollow."
-    n = config.frames_at_once or config.n_segments
+    n = min(config.frames_at_once or config.n_segments, policy.n_frames)
     z = torch.empty(batch, *policy.latent_shape, device="meta", dtype=policy.dtype, requires_grad=True)
     frames = torch.arange(n).expand(batch, n)
     def look():
