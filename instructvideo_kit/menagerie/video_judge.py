@@ -167,8 +167,8 @@ def batch_of(clean, twin, chosen, pick, rng):
 # %% ../../nbs/menagerie/09_video_judge.ipynb #254423b4
 def train_video_judge(
     folder, # of the run: checkpoint and log
-    steps:int=3000, # optimiser steps
-    n_clips:int=4000, # rendered once, each with its twin
+    steps:int=2400, # optimiser steps
+    n_clips:int=3000, # rendered once, each with its twin
     batch:int=24, # clips a step
     seed:int=0, # of scenes and weights
 ):
@@ -188,7 +188,7 @@ def train_video_judge(
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             said = reward(torch.roll(clips, shift, (-1, -2)), [a.caption for a in asked])
         naming = naming_loss(seen.pop(), net.model.get_input_embeddings().weight, [plain(chosen[i]) for i in pick])
-        return F.mse_loss(said, target) + .5 * naming
+        return F.mse_loss(said, target) + .1 * naming
     fit(run, loss_of, label="video judge")
     return reward, tokenizer
 
