@@ -177,3 +177,15 @@ def test_the_network_is_compiled_when_asked_for(folder, tmp_path, monkeypatch): 
     clips = [(torch.rand(fresh.n_frames, 3, *fresh.size), "a red cat")] * 2
     tune(fresh, redness, clips, replace(CONFIG, steps=1, compile=True), tmp_path / "run", progress=False)
     assert asked == ["UNet3DConditionModel"]
+
+
+def test_texts_of_policy_and_reward_do_not_mix_though_both_have_one_name(folder, tmp_path):
+    from instructvideo_kit.tuning.cache import cache_texts
+    policy, reward = VideoPolicy.from_pretrained(folder), ClipReward.from_pretrained(tiny_reward(tmp_path / "reward"))
+    policy.name = reward.name = "tiny"
+    want = policy.embed(PROMPTS).clone(), reward.text_features(PROMPTS).clone()
+    for _ in range(2): # made, then read
+        again, judge = VideoPolicy.from_pretrained(folder), ClipReward.from_pretrained(tmp_path / "reward")
+        again.name = judge.name = "tiny"
+        cache_texts(DiskCache(tmp_path / "cache"), again, judge, PROMPTS)
+        assert torch.equal(again.embed(PROMPTS), want[0]) and torch.equal(judge.text_features(PROMPTS), want[1])

@@ -56,6 +56,6 @@ def cache_texts(
 ):
     "Text embeddings of the policy (the empty caption too) and text features of the reward, from the cache."
     for p in dict.fromkeys([*captions, ""]):
-        policy.remember(p, cache(f"text of {policy.name} {policy.dtype}: {p}", lambda: policy.embed([p])[0]))
+        policy.remember(p, cache(f"policy {policy.name} {policy.dtype}: {p}", lambda: policy.embed([p])[0]))
     for p in dict.fromkeys(captions) if hasattr(reward, "remember") else ():
-        reward.remember(p, cache(f"text of {reward.name} {reward.model.dtype}: {p}", lambda: reward.text_features([p])[0]))
+        reward.remember(p, cache(f"reward {reward.name} {reward.model.dtype}: {p}", lambda: reward.text_features([p])[0]))
