@@ -65,7 +65,10 @@ def run_notebooks(where):
     return subprocess.run(command, cwd=ROOT, env=environment(threads=1)).returncode == 0
 
 
-def run_pytest(): return subprocess.run([sys.executable, "-m", "pytest", "--durations", "5"], cwd=ROOT, env=environment(threads=2)).returncode == 0
+def run_pytest():
+    "Two workers with one thread each; the tests of one file stay together, as they share what is dear to make."
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--durations", "5"]
+    return subprocess.run(command, cwd=ROOT, env=environment(threads=1)).returncode == 0
 
 
 STAGES = {"clean-diff": clean_diff, "export-diff": export_diff, "notebooks": lambda: run_notebooks("nbs"),
