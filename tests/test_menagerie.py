@@ -133,7 +133,8 @@ def test_the_pool_replaces_its_oldest():
     pool = Pool(vae, menagerie_tokenizer(), 1, 12, 0)
     for k in range(4): pool.add(5, [k])
     assert pool.filled == 12 and pool.at == 20 % 12
-    z, ids = pool.batch(200, 0)
+    z, ids, track = pool.batch(200, 0)
+    assert track.shape == (200, 1, 3)
     assert z.shape == (200, 3, 1, 8, 8) and .02 < (ids == token_ids(menagerie_tokenizer(), [""])).all(1).float().mean() < .25
 
 

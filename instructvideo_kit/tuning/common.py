@@ -305,6 +305,7 @@ def run(
     folder = RunFolder.open(run_dir, config, _not_in_config(inputs, config), resume) if accelerator.is_main_process else RunFolder(run_dir)
     accelerator.wait_for_everyone()
     parameters = add_lora(policy, config.rank, seed=config.seed)
+    if getattr(config, "compile", False): policy.network.compile()
     step = Algorithm(policy, reward, data, config, accelerator)
     def save(where): save_lora(policy, where); getattr(step, "save", lambda _: None)(where)
     def load(where): load_lora(policy, where); getattr(step, "load", lambda _: None)(where)
