@@ -230,7 +230,7 @@ def scaling(args):
         x = [r[0] for r in rows]
         top.plot(x, [r[1] for r in rows], "o-"); low.plot(x, [r[2] for r in rows], "o-", color="#e45756")
         top.set_title(f"{name}: time ~ {name}^{fit(rows)['exponent']:.2f}", fontsize=9); low.set_xlabel(name)
-        for ax in (top, low): ax.set_ylim(0)
+        for ax, column in ((top, 1), (low, 2)): ax.set_ylim(0, 1.1 * max(r[column] for r in rows))
     axes[0, 0].set_ylabel("seconds a step"); axes[1, 0].set_ylabel("peak MiB above weights")
     fig.tight_layout(); fig.savefig(args.out.with_suffix(".png"), dpi=80)
     return {name: dict(rows=rows, time=fit(rows), memory=fit(rows, 2)) for name, rows in found.items()}
