@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SampledConfig', 'branches', 'grad_cost', 'merging', 'recomputing', 'chain', 'draw_clips', 'clip_scores', 'judge',
-           'prediction_errors', 'draw_timestep', 'snapshot', 'put_back', 'as_it_was', 'reference', 'Rounds', 'push',
+           'prediction_errors', 'draw_timestep', 'snapshot', 'put_back', 'as_it_was', 'reference', 'Rounds',
            'prompts_of', 'step_of', 'check_start', 'run', 'share_out']
 
 # %% ../../nbs/tuning/02_common.ipynb #944a1dda
@@ -24,7 +24,7 @@ from ..policy.recompute import recomputed
 from ..reward.base import clamp_frames
 from ..reward.segvr import segment_frames
 from ..reward.videoscore import DIMENSIONS, pick_dimension
-from .instructvideo import TuneResult, captions_of, draw_noise, objective, reward_gradient, user_error
+from .instructvideo import TuneResult, captions_of, draw_noise, push, user_error
 from .instructvideo import _not_in_config, _result
 from .trainer import RunFolder, Trainer, TrainerConfig, example_generator, fingerprint, make_accelerator, need, need_one_of
 
@@ -233,26 +233,6 @@ class Rounds:
             load_lora(self.policy, path)
             self.round, self.maker, self.data = int(path.name.split("-")[1]), snapshot(self.policy), None
             put_back(self.policy, now)
-
-# %% ../../nbs/tuning/02_common.ipynb #f396f2a1
-def push(
-    policy, reward, # VideoPolicy with a LoRA, and a differentiable reward
-    z_0, # latents (b, c, f, h, w) with a graph
-    g, # frame numbers (b, s)
-    prompts, # list of b captions
-    config, # InstructVideoConfig
-    generators, # one torch.Generator per clip, for the augmentation
-    accelerator, # accelerate.Accelerator
-    slope=None, # R (b,) -> (b,), how much each clip's gradient counts; None: 1
-)->dict: # loss, reward, R, reward_std
-    "Back-propagate -R through judge, decoder and the open steps of the chain, in two stages; exact."
-    scaler = accelerator.scaler
-    with accelerator.autocast():
-        gradient, scores = reward_gradient(policy, reward, z_0, g, prompts, config, generators, scaler.get_scale() if scaler else 1.)
-    loss, R = objective(scores, g, policy.n_frames, config)
-    if slope is not None: gradient = gradient * slope(R).to(gradient).reshape(-1, 1, 1, 1, 1)
-    accelerator.backward((z_0 * gradient).sum())
-    return {"loss": loss, "reward": scores.mean(), "R": R.mean(), "reward_std": scores.std(correction=0)}
 
 # %% ../../nbs/tuning/02_common.ipynb #b155d837
 def prompts_of(

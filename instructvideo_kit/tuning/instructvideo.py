@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InstructVideoConfig', 'user_error', 'draw_noise', 'edit', 'score', 'objective', 'reward_gradient', 'step_cost',
-           'InstructVideo', 'captions_of', 'TuneResult', 'check_inputs', 'tune']
+           'push', 'InstructVideo', 'captions_of', 'TuneResult', 'check_inputs', 'tune']
 
 # %% ../../nbs/tuning/01_instructvideo.ipynb #d73046e1
 from contextlib import nullcontext
@@ -151,6 +151,26 @@ def step_cost(
     n, k = n_steps(config.tau, config.n_ddim), config.grad_steps
     return (1 if w == 1 else 2) * ((n - k) + k*(3 if config.checkpoint or config.checkpoint_blocks else 2))
 
+# %% ../../nbs/tuning/01_instructvideo.ipynb #5b1e77aa
+def push(
+    policy, reward, # VideoPolicy with a LoRA, and a differentiable reward
+    z_0, # latents (b, c, f, h, w) with a graph
+    g, # frame numbers (b, s)
+    prompts, # list of b captions
+    config, # InstructVideoConfig
+    generators, # one torch.Generator per clip, for the augmentation
+    accelerator, # accelerate.Accelerator
+    slope=None, # R (b,) -> (b,), how much each clip's gradient counts; None: 1
+)->dict: # loss, reward, R, reward_std
+    "Back-propagate -R through judge, decoder and the open steps of the chain, in two stages; exact."
+    scaler = accelerator.scaler
+    with accelerator.autocast():
+        gradient, scores = reward_gradient(policy, reward, z_0, g, prompts, config, generators, scaler.get_scale() if scaler else 1.)
+    loss, R = objective(scores, g, policy.n_frames, config)
+    if slope is not None: gradient = gradient * slope(R).to(gradient).reshape(-1, 1, 1, 1, 1)
+    accelerator.backward((z_0 * gradient).sum())
+    return {"loss": loss, "reward": scores.mean(), "R": R.mean(), "reward_std": scores.std(correction=0)}
+
 # %% ../../nbs/tuning/01_instructvideo.ipynb #f50969a4
 class InstructVideo:
     "One micro-step of InstructVideo: call it with positions in the stream of examples."
@@ -181,12 +201,9 @@ class InstructVideo:
         with self.accelerator.autocast():
             policy.network.train(config.dropout)
             z_0 = edit(policy, z, eps, prompts, config)
-            scaler = self.accelerator.scaler
-            gradient, scores = reward_gradient(policy, self.reward, z_0, g, prompts, config, generators, scaler.get_scale() if scaler else 1.)
-        self.accelerator.backward((z_0 * gradient).sum())
+        row = push(policy, self.reward, z_0, g, prompts, config, generators, self.accelerator)
         policy.network.eval() # not before: what is recomputed must drop the same units again
-        loss, R = objective(scores, g, policy.n_frames, config)
-        return {"loss": loss, "reward": scores.mean(), "R": R.mean(), "reward_std": scores.std(correction=0)}
+        return row
 
 def captions_of(
     clips, # sequence of (clip, caption), or a ClipFolder

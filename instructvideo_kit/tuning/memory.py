@@ -79,11 +79,10 @@ def step_memory(
     policy, # VideoPolicy, without adapters
     reward, # ClipReward, or any other reward (not counted)
     config, # InstructVideoConfig
-    processes:int=1, # that share the batch
 )->dict: # MiB: weights, adapters, network, judge, peak
     "Memory of one tuning step, computed from shapes: what must be there at the same time, without temporaries and the allocator's slack."
     hollow, judge = twins(policy, reward)
-    batch = max(1, config.batch // (config.grad_accum * processes))
+    batch = max(1, config.batch // config.grad_accum)
     add_lora(hollow, config.rank)
     adapters = 16 * sum(p.numel() for p in lora_parameters(hollow))
     network, seen = network_bytes(hollow, config, batch), judge_bytes(hollow, judge, config, batch)
