@@ -253,7 +253,8 @@ def evaluate(
     typer.echo("\n".join([str(comparison), "", *verdict(comparison), f"saved in {folder}"]))
 
 # %% ../nbs/95_cli.ipynb #e6ddc76c
-PARTS = {"policy": "policy", "judge": "reward", "video-judge": "videoscore", "oracle": "oracle"} # part -> kind of weights
+PARTS = { # part -> kind of weights, name
+    "policy": ("policy", "menagerie"), "i2v": ("policy", "menagerie-i2v"), "judge": ("reward", "menagerie"), "video-judge": ("videoscore", "menagerie"), "oracle": ("oracle", "menagerie")}
 
 def _train(part, out, steps, picture_steps, seed, start=None):
     "Train a part; its finished folder."
@@ -262,6 +263,9 @@ def _train(part, out, steps, picture_steps, seed, start=None):
         from instructvideo_kit.menagerie.models import train_policy
         chosen = {"clip_steps": steps, "picture_steps": picture_steps, "start": start}
         return train_policy(out, seed=seed, **{k: v for k, v in chosen.items() if v is not None})
+    if part == "i2v":
+        from instructvideo_kit.menagerie.image_to_video import train_image_to_video
+        return train_image_to_video(out, **given, **({"start": start} if start else {}))
     if part == "judge":
         from instructvideo_kit.menagerie.judge import save_judge, train_judge
         save_judge(*train_judge(out, **given), out/"judge")
@@ -273,10 +277,10 @@ def _train(part, out, steps, picture_steps, seed, start=None):
         Oracle(train_oracle(out, **given)).save_pretrained(out/"oracle")
     return out/part
 
-def _ship(folder, kind):
+def _ship(folder, kind, name):
     "Put a finished folder in place of the shipped weights."
-    target = HERE/"weights"/kind/"menagerie"
-    beside, old = target.with_name(".menagerie.tmp"), target.with_name(".menagerie.old")
+    target = HERE/"weights"/kind/name
+    beside, old = target.with_name(f".{name}.tmp"), target.with_name(f".{name}.old")
     for p in (beside, old): shutil.rmtree(p, ignore_errors=True)
     shutil.copytree(folder, beside)
     for card in (*target.glob("*.md"), *target.glob("*.jsonl")): shutil.copy(card, beside) # the card and the logs stay, to be brought up to date
@@ -286,11 +290,11 @@ def _ship(folder, kind):
 
 @menagerie.command()
 def train(
-    part: Annotated[str, typer.Option(help="policy, judge, video-judge or oracle.")],
+    part: Annotated[str, typer.Option(help="policy, i2v, judge, video-judge or oracle.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; goes on from the checkpoint in it.")],
     steps: Annotated[Optional[int], typer.Option(min=1, help="Optimiser steps (policy: of its second phase, on clips).")] = None,
     picture_steps: Annotated[Optional[int], typer.Option(min=0, help="Policy: steps of its first phase, on single pictures.")] = None,
-    start: Annotated[Optional[str], typer.Option(help="Policy: go on from this pipeline directory, or from the shipped one: menagerie.")] = None,
+    start: Annotated[Optional[str], typer.Option(help="Policy, i2v: go on from this pipeline directory, or from a shipped one, such as menagerie.")] = None,
     seed: Seed = 0,
     ship: Annotated[bool, typer.Option("--ship", help="Put the result in place of the shipped weights.")] = False,
 ):
@@ -298,7 +302,7 @@ def train(
     if part not in PARTS: raise KitError(f'--part is "{part}"; {near(part, PARTS)}')
     prepare()
     folder = _train(part, out, steps, picture_steps, seed, start)
-    typer.echo(f"{part}: {_ship(folder, PARTS[part]) if ship else folder}")
+    typer.echo(f"{part}: {_ship(folder, *PARTS[part]) if ship else folder}")
 
 @menagerie.command()
 def export(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPORAL', 'GUIDE_WEIGHTS', 'PHASES', 'fit_autoencoder', 'psnr', 'new_unet', 'new_text_encoder', 'new_scheduler',
-           'pictures_only', 'Pool', 'spread_timesteps', 'v_loss', 'tracks', 'guide_targets', 'Guides', 'train_phase',
-           'as_policy', 'train_policy']
+           'pictures_only', 'Pool', 'spread_timesteps', 'v_loss', 'tracks', 'guide_targets', 'Guides', 'seeing',
+           'train_phase', 'as_policy', 'train_policy']
 
 # %% ../../nbs/menagerie/08_models.ipynb #5b5bbd5c
 import contextlib
@@ -197,7 +197,17 @@ class Guides(torch.nn.Module):
 PHASES = { # frames per sample, batch, pool size, first fill, drawn per step, learning rate, moving average, min-SNR, spread of timesteps
     "pictures": dict(n_frames=1, batch=128, pool=30000, first=6000, fresh=24, peak=1e-3, ema=.9995, gamma=5., power=1.),
     "clips": dict(n_frames=16, batch=8, pool=3000, first=400, fresh=2, peak=5e-4, ema=.999, gamma=None, power=.5),
+    "first_frame": dict(n_frames=16, batch=8, pool=3000, first=400, fresh=2, peak=3e-4, ema=.998, gamma=None, power=.5), # 10_image_to_video
 }
+
+def seeing(
+    unet, # takes z_t, or z_t and the first frame's latents beside it
+    z, # clean latents (b, c, f, h, w)
+):
+    "The network as a function of (z_t, t, text), with the first frame of z in hand where it takes one."
+    if unet.config.in_channels == z.shape[1]: return unet
+    first = z[:, :, :1].expand_as(z)
+    return lambda z_t, t, text: unet(torch.cat([z_t, first], 1), t, text)
 
 def train_phase(
     phase:str, # a key of `PHASES`
@@ -207,8 +217,8 @@ def train_phase(
     steps:int, # of this phase
     seed:int=0, # of drawing, noise and timesteps
 ):
-    "Train on single pictures or on clips (with guides), in bfloat16 where the processor has it."
-    p, alpha_bar, clips = PHASES[phase], new_scheduler().alphas_cumprod, phase == "clips"
+    "Train on single pictures, on clips, or on clips after a first frame (both with guides), in bfloat16 where the processor has it."
+    p, alpha_bar, clips = PHASES[phase], new_scheduler().alphas_cumprod, phase != "pictures"
     guides = Guides(modules["unet"], tokenizer) if clips else None
     run = Run(folder, {**modules, **({"guides": guides} if clips else {})}, steps, peak=p["peak"], ema=p["ema"])
     pool = Pool(vae, tokenizer, p["n_frames"], p["pool"], p["first"], seed=seed + run.resume())
@@ -219,7 +229,7 @@ def train_phase(
         (z, ids, track), g = pool.batch(p["batch"], [seed, 18, step]), torch.Generator().manual_seed(seed * 10 ** 7 + step)
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH), skip(modules["unet"]):
             text = modules["text_encoder"](ids).last_hidden_state
-            loss = v_loss(modules["unet"], text, z, alpha_bar, g, p["gamma"], p["power"])
+            loss = v_loss(seeing(modules["unet"], z), text, z, alpha_bar, g, p["gamma"], p["power"])
         return loss + fade(step) * guides.loss(track, text, ids) if clips else loss
     fit(run, loss_of, label=phase)
     if clips: guides.close()

@@ -1,3 +1,3 @@
 from . import lora # completes diffusers' video UNets, so that pipeline.load_lora_weights works
 from .base import VideoPolicy
-from . import cogvideox, svd, wan # kinds of policy behind VideoPolicy.from_pretrained
+from . import cogvideox, first_frame, svd, wan # kinds of policy behind VideoPolicy.from_pretrained

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONFIG', 'TEXT_WEIGHTS', 'WEIGHTS', 'PARTS', 'missing_files', 'read_json', 'kinds', 'pick_kind', 'pick_classes',
            'open_part', 'VideoPolicy', 'read_schedule', 'around', 'check_frames', 'pick_frames', 'check_video',
-           'check_prompts', 'index_entry']
+           'check_image', 'check_prompts', 'index_entry']
 
 # %% ../../nbs/policy/01_base.ipynb #812d9c9d
 import json
@@ -346,6 +346,18 @@ def decode(
     frames = None if frames is None else check_frames(frames, len(z), self.n_frames)
     x = self.to_frames(self.unscaled(z.to(self.vae.dtype)), frames)
     return ((x + 1) / 2).to(z.dtype)
+
+
+def check_image(
+    image, # (b, 3, h, w) in [0, 1]
+    size:tuple, # (h, w) that the policy takes
+):
+    "ValueError unless image is float (b, 3, h, w) in [0, 1]; for policies that draw from pictures."
+    if image is None: raise ValueError("image is None: this policy draws from pictures, give image=(b, 3, h, w) in [0, 1]")
+    if image.ndim != 4 or tuple(image.shape[1:]) != (3, *size):
+        raise ValueError(f"image of shape {tuple(image.shape)}: this policy takes (b, 3, h, w) = (b, 3, {size[0]}, {size[1]})")
+    if not image.is_floating_point() or image.min() < -.01 or image.max() > 1.01:
+        raise ValueError(f"image of {image.dtype} from {image.min():.3g} to {image.max():.3g}: expected float in [0, 1]")
 
 # %% ../../nbs/policy/01_base.ipynb #786f198b
 def check_prompts(

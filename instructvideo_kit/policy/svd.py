@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 from transformers import CLIPVisionModelWithProjection
 
 from ..files import KitError, write_atomic
-from .base import CONFIG, TEXT_WEIGHTS, WEIGHTS, VideoPolicy, pick_frames, read_json
+from .base import CONFIG, TEXT_WEIGHTS, WEIGHTS, VideoPolicy, check_image, pick_frames, read_json
 
 # %% ../../nbs/policy/06_svd.ipynb #c7ce8411
 class ImageNormalizer:
@@ -63,17 +63,9 @@ class StableVideoDiffusionPolicy(VideoPolicy):
         x = self.vae.decode(rearrange(z, "b c f h w -> (b f) c h w"), num_frames=z.shape[2]).sample
         return pick_frames(rearrange(x, "(b f) c h w -> b c f h w", b=len(z)), frames)
 
-    def check_image(self, image):
-        "ValueError unless image is float (b, 3, h, w) in [0, 1]."
-        if image is None: raise ValueError("image is None: this policy draws from pictures, give image=(b, 3, h, w) in [0, 1]")
-        if image.ndim != 4 or tuple(image.shape[1:]) != (3, *self.size):
-            raise ValueError(f"image of shape {tuple(image.shape)}: this policy takes (b, 3, h, w) = (b, 3, {self.size[0]}, {self.size[1]})")
-        if not image.is_floating_point() or image.min() < -.01 or image.max() > 1.01:
-            raise ValueError(f"image of {image.dtype} from {image.min():.3g} to {image.max():.3g}: expected float in [0, 1]")
-
     def count(self, prompts, image):
         "Clips that are asked for. ValueError unless there are images."
-        self.check_image(image)
+        check_image(image, self.size)
         return len(image)
 
     def embed_image(
@@ -94,7 +86,7 @@ class StableVideoDiffusionPolicy(VideoPolicy):
         image=None, # (b, 3, h, w) in [0, 1]
     )->tuple: # (with the condition, without): (embedding (b, 1, d), image latents (b, c, f, h, w), numbers (b, 3)) each
         "CLIP's embedding, latents of the picture for every frame, and the three numbers; zeros for the unguided branch."
-        self.check_image(image)
+        check_image(image, self.size)
         image, strength = image.to(self.device).float(), self.kit.get("noise_aug_strength", .02)
         # one grain for all pictures: a clip must not depend on its batch
         grain = torch.randn(image.shape[1:], generator=torch.Generator().manual_seed(0)).to(image)
