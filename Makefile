@@ -1,7 +1,7 @@
 # make demo and make test need nothing but Python 3.10-3.13, git and make: each sets up .venv first, and finds it ready the next time.
 # make PYTHON=/path/to/python3.12 demo chooses the interpreter; ARGS passes options on: make demo ARGS="--quick"
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab export clean-notebooks
+.PHONY: help setup demo test lab export editions clean-notebooks
 ROOT_FLAG := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
 help:
@@ -9,6 +9,7 @@ help:
 	@echo "make test             notebooks clean and exported, notebooks and tutorials run, pytest"
 	@echo "make lab              JupyterLab at the first tutorial"
 	@echo "make export           notebooks -> modules, then clean the notebooks"
+	@echo "make editions         tutorials -> tutorials/student and tutorials/solved"
 	@echo "make clean-notebooks  remove what does not belong into a commit"
 
 setup:
@@ -25,6 +26,9 @@ lab: setup
 
 export: setup
 	@.venv/bin/nbdev_export && .venv/bin/python .ci/clean.py
+
+editions: setup
+	@.venv/bin/python .ci/editions.py
 
 clean-notebooks: setup
 	@.venv/bin/python .ci/clean.py

@@ -1,0 +1,157 @@
+"""Two editions of each tutorial: tutorials/NN_*.ipynb (the master) -> tutorials/student (no solutions) and tutorials/solved (no marks).
+
+python .ci/editions.py [PREFIX ...]          write them, and nbgrader's cell metadata into the masters
+python .ci/editions.py --check [PREFIX ...]  say what is out of step, and exit 1 if anything is
+"""
+import configparser, copy, json, re, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DIRECTIVE = re.compile(r"#\| (answer|graded|setup)\b ?(\w*) ?([\d.]*)[^\n]*\n?")
+SOLUTION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n(.*?)^[ \t]*### END SOLUTION(\n|\Z)", re.M | re.S)
+HIDDEN = re.compile(r"^[ \t]*### BEGIN HIDDEN TESTS\n(.*?)^[ \t]*### END HIDDEN TESTS(?:\n|\Z)", re.M | re.S)
+MARK = re.compile(r"^[ \t]*### (?:BEGIN|END) (?:SOLUTION|HIDDEN TESTS)\n?", re.M)
+COLAB = """import sys
+if "google.colab" in sys.modules: # this release of the kit, beside Colab's own torch
+    !git clone -q --depth 1 --branch {tag} https://github.com/{repo} kit && pip install -q ./kit
+    %cd -q kit/tutorials/{edition}
+"""
+BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{repo}/blob/{tag}/tutorials/{edition}/{name})"
+
+
+class Odd(ValueError): "A master that does not keep the conventions."
+
+
+def masters(prefixes=(), root=ROOT):
+    return [p for p in sorted((root/"tutorials").glob("[0-9][0-9]_*.ipynb")) if not prefixes or p.name.startswith(tuple(prefixes))]
+
+
+def release(root=ROOT):
+    "Where a release is found: owner/name and tag."
+    c = configparser.ConfigParser()
+    c.read(root/"settings.ini", encoding="utf-8")
+    return dict(repo=f"{c['DEFAULT']['user']}/{c['DEFAULT']['repo']}", tag=f"v{c['DEFAULT']['version']}")
+
+
+def source(cell): return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+
+
+def directive(cell):
+    "(kind, id, points) of a cell; empty strings where it has none."
+    found = DIRECTIVE.match(source(cell)) if cell["cell_type"] == "code" else None
+    return found.groups() if found else ("", "", "")
+
+
+def nbgrader(kind, name, points):
+    "The metadata that nbgrader expects of an answer or of a graded cell."
+    graded = kind == "graded"
+    data = dict(grade=graded, grade_id=name if graded else f"{name}_answer", locked=graded, schema_version=3, solution=not graded, task=False)
+    return {**data, "points": float(points) if "." in points else int(points)} if graded else data
+
+
+def balanced(text, what): return text.count(f"### BEGIN {what}") == text.count(f"### END {what}") == 1
+
+
+def problems(nb):
+    "What does not keep the conventions, in words."
+    found, seen = [], set()
+    for cell in nb["cells"]:
+        (kind, name, points), text = directive(cell), source(cell)
+        if kind in ("answer", "graded") and not name: found.append(f"a cell #| {kind} has no name")
+        if (kind, name) in seen: found.append(f"#| {kind} {name} stands twice")
+        if kind == "answer" and not balanced(text, "SOLUTION"): found.append(f"answer {name}: one ### BEGIN SOLUTION and one ### END SOLUTION are needed")
+        if kind == "graded" and not (points and balanced(text, "HIDDEN TESTS")): found.append(f"graded {name}: points and one hidden test are needed")
+        if not kind and MARK.search(text) and cell["cell_type"] == "code": found.append(f"marks in a cell without directive: {text.splitlines()[0]}")
+        if kind: seen.add((kind, name))
+    names = [{n for k, n in seen if k == kind} for kind in ("answer", "graded")]
+    return found + [f"{n} has no {'check' if n in names[0] else 'answer'}" for n in sorted(names[0] ^ names[1])]
+
+
+def budget(solution):
+    "How many lines a solution takes, comments aside."
+    n = sum(bool(line.strip()) and not line.strip().startswith("#") for line in solution.splitlines())
+    return f"about {n} line{'s' * (n != 1)}"
+
+
+def stub(found): return f"{found[1]}... # your code here, {budget(found[2])}\n"
+
+
+def student_code(text): return HIDDEN.sub("", SOLUTION.sub(stub, DIRECTIVE.sub("", text, count=1))).rstrip("\n")
+
+
+def solved_code(text): return MARK.sub("", DIRECTIVE.sub("", text, count=1)).rstrip("\n")
+
+
+def edit_cell(cell, edition, where):
+    "One cell of an edition: no outputs, no directive; solutions and metadata as the edition wants them."
+    kind, _, _ = directive(cell)
+    if cell["cell_type"] == "code": cell.update(outputs=[], execution_count=None)
+    if edition == "solved": cell["metadata"].pop("nbgrader", None)
+    text = source(cell)
+    if kind: text = (student_code if edition == "student" else solved_code)(text)
+    cell["source"] = COLAB.format(edition=edition, **where) + text if kind == "setup" else text
+    return cell
+
+
+def link_solution(cells, name):
+    "Below the last hint of each exercise: where its solution is."
+    hints = [i for i, c in enumerate(cells) if c["cell_type"] == "markdown" and "<summary>Hint" in c["source"]]
+    for i in hints:
+        if i + 1 not in hints: cells[i]["source"] += f"\n<details><summary>Solution</summary>The same cell of <a href=\"../solved/{name}\">the solved edition</a>.</details>"
+
+
+def edition_of(nb, name, edition, where):
+    "The notebook of an edition."
+    nb = copy.deepcopy(nb)
+    nb["cells"] = [edit_cell(c, edition, where) for c in nb["cells"]]
+    nb["cells"][0]["source"] += "\n\n" + BADGE.format(edition=edition, name=name, **where)
+    if edition == "student": link_solution(nb["cells"], name)
+    return nb
+
+
+def with_metadata(nb):
+    "The master with nbgrader's metadata."
+    nb = copy.deepcopy(nb)
+    for cell in nb["cells"]:
+        kind, name, points = directive(cell)
+        cell["metadata"].pop("nbgrader", None)
+        if kind in ("answer", "graded"): cell["metadata"]["nbgrader"] = nbgrader(kind, name, points)
+    return nb
+
+
+def lines(cell): return {**cell, "source": source(cell).splitlines(keepends=True)}
+
+
+def dump(nb): return json.dumps({**nb, "cells": [lines(c) for c in nb["cells"]]}, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def files_of(path):
+    "What must stand in the master and in its two editions: path -> text."
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    if odd := problems(nb): raise Odd(f"{path.name}: " + "; ".join(odd))
+    plain, where = {**nb, "cells": [{**c, "source": source(c)} for c in nb["cells"]]}, release(path.parent.parent)
+    editions = {path.parent/e/path.name: dump(edition_of(with_metadata(plain), path.name, e, where)) for e in ("student", "solved")}
+    return {path: dump(with_metadata(nb)), **editions}
+
+
+def strays(root=ROOT):
+    "Editions without a master."
+    return [p for e in ("student", "solved") for p in sorted((root/"tutorials"/e).glob("*.ipynb")) if not (root/"tutorials"/p.name).exists()]
+
+
+def stale(wanted): return [p for p, text in wanted.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
+
+
+def main(arguments):
+    check, prefixes = "--check" in arguments, [a for a in arguments if a != "--check"]
+    try: wanted = {p: t for m in masters(prefixes) for p, t in files_of(m).items()}
+    except Odd as error: sys.exit(f"editions: {error}")
+    changed, lost = stale(wanted), [] if prefixes else strays()
+    for p in [] if check else changed: p.parent.mkdir(exist_ok=True); p.write_text(wanted[p], encoding="utf-8")
+    for p in changed: print(f"  {p.relative_to(ROOT)} {'is out of step' if check else 'written'}")
+    for p in lost: print(f"  {p.relative_to(ROOT)} has no master")
+    if check and (changed or lost): sys.exit("editions: run `make editions` and commit")
+    if not changed: print(f"  {len(wanted) // 3} tutorials, both editions in step")
+
+
+if __name__ == "__main__": main(sys.argv[1:])
