@@ -119,12 +119,18 @@ ALGORITHMS = { # name -> module, class of its config
     "instructvideo": ("instructvideo", "InstructVideoConfig"), "draft": ("draft", "DraftConfig"), "vader": ("draft", "DraftConfig"), "refl": ("refl", "ReflConfig"),
     "rwr": ("rwr", "RWRConfig"), "ddpo": ("ddpo", "DDPOConfig"), "dpo": ("dpo", "DPOConfig"), "onlinevpo": ("online_dpo", "OnlineDPOConfig")}
 
-def _judge(config, where):
-    "The reward of a config: a video judge where all frames are judged together (n_segments 0), else an image reward."
+def _judge(name, n_segments, where):
+    "A reward by its name: a video judge where all frames are judged together (n_segments 0), else an image reward."
     from instructvideo_kit.reward.clip import ClipReward
     from instructvideo_kit.reward.videoscore import VIDEOSCORES, VideoScoreReward
-    video = not config.n_segments and (config.reward in VIDEOSCORES or config.reward in files.shipped("videoscore") or Path(config.reward).exists())
-    return VideoScoreReward.from_pretrained(config.reward, **where) if video else ClipReward.from_pretrained(config.reward, **where)
+    video = not n_segments and (name in VIDEOSCORES or name in files.shipped("videoscore") or Path(name).exists())
+    return VideoScoreReward.from_pretrained(name, **where) if video else ClipReward.from_pretrained(name, **where)
+
+def _where(precision):
+    "Device and type of the weights for a config's mixed_precision."
+    import torch
+    from instructvideo_kit.demo import best_device
+    return dict(device=best_device(), dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
 
 def _for_card(config, algorithm, memory):
     "The config with a card's settings, which are known for InstructVideo."
@@ -155,8 +161,6 @@ def tune(
     "Tune a policy with a reward, on captioned clips (InstructVideo, RWR) or on their captions alone."
     prepare()
     if algorithm not in ALGORITHMS: raise KitError(f'--algorithm is "{algorithm}"; {near(algorithm, ALGORITHMS)}')
-    import torch
-    from instructvideo_kit.demo import best_device
     from instructvideo_kit.policy import VideoPolicy
     from instructvideo_kit.tuning.trainer import load_preset
     module = import_module(f"instructvideo_kit.tuning.{ALGORITHMS[algorithm][0]}")
@@ -164,8 +168,8 @@ def tune(
     values = {**parse_set(set_ or []), **{k: v for k, v in named.items() if v is not None}}
     config = load_preset(preset or ("menagerie" if algorithm == "instructvideo" else f"{algorithm}_menagerie"), getattr(module, ALGORITHMS[algorithm][1]), values)
     if memory: config = _for_card(config, algorithm, memory)
-    where = dict(device=best_device(), dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision))
-    model, judge = VideoPolicy.from_pretrained(config.policy, **where), _judge(config, where)
+    where = _where(config.mixed_precision)
+    model, judge = VideoPolicy.from_pretrained(config.policy, **where), _judge(config.reward, config.n_segments, where)
     if algorithm == "instructvideo": typer.echo(f"a step takes about {_memory_of(model, judge, config):.1f} GB beside the weights")
     clips = _clips(data, model, config.seed)
     if algorithm == "dpo": clips = list(clips.captions) if hasattr(clips, "captions") else [caption for _, caption in clips]
@@ -236,18 +240,20 @@ def evaluate(
     steps: Steps = 20,
     out: Annotated[Optional[Path], typer.Option(help="Folder for the figures; default: evaluation-d20 in the run folder.")] = None,
 ):
-    "Compare the base policy with the tuned one, from the same noise."
+    "Compare the base policy with the tuned one, from the same noise, by the reward it was tuned with."
     prepare()
-    from instructvideo_kit.demo import best_device, evaluate_before_after, find_lora
+    from instructvideo_kit.demo import evaluate_before_after, find_lora
     from instructvideo_kit.measure.report import save_comparison, verdict
     from instructvideo_kit.policy import VideoPolicy
     from instructvideo_kit.policy.lora import load_lora
-    from instructvideo_kit.reward.clip import ClipReward
+    from instructvideo_kit.tuning.common import clip_scores
     lora, config = find_lora(run)
-    model = VideoPolicy.from_pretrained(policy or config.get("policy", "menagerie"), device=best_device())
-    captions, judge = _captions(prompts, model), ClipReward.from_pretrained(reward or config.get("reward", "menagerie"), device=best_device())
-    before, after = evaluate_before_after(model, judge, captions, lambda: load_lora(model, lora), seeds=range(seed, seed + seeds), n_ddim=steps,
-                                          oracle=_oracle(captions, model))
+    where, n_segments = _where(config.get("mixed_precision")), config.get("n_segments", 4)
+    model = VideoPolicy.from_pretrained(policy or config.get("policy", "menagerie"), **where)
+    captions, judge = _captions(prompts, model), _judge(reward or config.get("reward", "menagerie"), n_segments, {"device": where["device"]})
+    scores = lambda frames, texts: clip_scores(judge, frames, texts, config.get("dimension", "temporal_consistency"))[:, None]
+    before, after = evaluate_before_after(model, scores if not n_segments else judge, captions, lambda: load_lora(model, lora), seeds=range(seed, seed + seeds), n_ddim=steps,
+                                          n_segments=n_segments or model.n_frames, oracle=_oracle(captions, model))
     folder = out or (run if run.is_dir() else run.parent)/f"evaluation-d{steps}"
     comparison = save_comparison(folder, before, after)
     typer.echo("\n".join([str(comparison), "", *verdict(comparison), f"saved in {folder}"]))
