@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 
 from instructvideo_kit.files import KitError
 from instructvideo_kit.measure.evaluate import Evaluation, compare, evaluate, judge_videos, prompt_groups, prompt_noise
+from instructvideo_kit.measure import metrics
 from instructvideo_kit.measure.metrics import frechet_distance, paired_bootstrap, rank_metrics, temporal_flicker
 
 
@@ -144,3 +145,55 @@ def test_bad_files_and_oracles_are_refused(tmp_path):
     with pytest.raises(KitError, match="ends in .json or .csv"): Evaluation([]).save(tmp_path/"e.txt")
     with pytest.raises(KitError, match="2 numbers for 1 videos"):
         judge_videos(torch.zeros(1, 8, 3, 2, 2), ["a"], brightness, oracle=lambda v, p: {"x": [1., 2.]})
+
+
+def published_consistency(features): # VBench's loop, one clip, written out
+    unit, total = [f / np.linalg.norm(f) for f in features], 0
+    for i in range(1, len(unit)): total += (max(0, unit[i - 1] @ unit[i]) + max(0, unit[0] @ unit[i])) / 2
+    return total / (len(unit) - 1)
+
+def published_dynamic(magnitude, n_frames): # VBench's loop, one clip
+    count, (h, w) = 0, magnitude.shape[1:]
+    for pair in magnitude: count += np.sort(pair.flatten())[::-1][:int(h * w * .05)].mean() > 6 * min(h, w) / 256
+    return float(count >= round(4 * n_frames / 16))
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 9))
+def test_vbench_reductions_equal_the_published_loops(seed, n_frames):
+    rng = np.random.default_rng(seed)
+    features, magnitude = rng.normal(size=(2, n_frames, 6)), rng.exponential(.3, (2, n_frames - 1, 32, 32)) * rng.random((2, n_frames - 1, 1, 1)) * 2
+    got = metrics.consistency(torch.tensor(features))
+    assert got.tolist() == pytest.approx([published_consistency(f) for f in features], abs=1e-5)
+    assert metrics.dynamic_degree(torch.tensor(magnitude)).tolist() == [published_dynamic(m, n_frames) for m in magnitude]
+
+
+def test_smoothness_uses_the_interpolator_it_is_given_and_drops_an_odd_last_frame():
+    clip, seen = torch.rand(1, 6, 3, 4, 4), []
+    def guess(a, b): seen.append((a, b)); return a
+    expected = 1 - ((clip[0, [0, 2]] - clip[0, [1, 3]]).abs().mean()) # frames 1 and 3; frame 5 has no right neighbour
+    assert metrics.motion_smoothness(clip, guess).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert torch.equal(seen[0][1], clip[0, [2, 4]])
+
+
+def test_flow_finds_a_known_shift_in_each_direction():
+    picture = torch.nn.functional.avg_pool2d(torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(1)), 3, 1)
+    for y, x in ((0, 2), (3, 0), (-1, -2)):
+        pair = torch.stack([picture[:, 3:35, 3:35], picture[:, 3 + y:35 + y, 3 + x:35 + x]])[None]
+        assert metrics.flow_magnitude(pair)[..., 5:-5, 5:-5].median().item() == pytest.approx((y * y + x * x) ** .5, abs=1e-6)
+
+
+def test_frechet_equals_the_product_formula():
+    "Tr sqrt(S_r S_f) from the eigenvalues of the plain, unsymmetric product."
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(size=(60, 5)) @ rng.normal(size=(5, 5)), rng.normal(size=(50, 5)) @ rng.normal(size=(5, 5)) + .3
+    s, f = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s) + np.trace(f) - 2 * np.sqrt(np.linalg.eigvals(s @ f).astype(complex)).real.sum()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+
+
+def test_alignment_by_hand_and_its_bad_input():
+    features = torch.tensor([[[3., 4.], [4., 3.]]])
+    assert metrics.alignment(features, torch.tensor([[1., 0.]]), 250).item() == pytest.approx(250 * (.6 + .8) / 2, rel=1e-6)
+    for call in (lambda: metrics.alignment(features, torch.rand(2, 2)), lambda: metrics.consistency(torch.rand(1, 1, 4)),
+                 lambda: metrics.motion_smoothness(torch.rand(1, 2, 3, 4, 4)), lambda: metrics.dynamic_degree(torch.rand(2, 3))):
+        with pytest.raises(ValueError): call()
