@@ -20,13 +20,12 @@ def _angle(a): return math.acos(a ** 0.5)
 def _sensitivity(a, p): return step_sensitivity([0], Schedule(torch.tensor([a], dtype=torch.float64), 'v_prediction', p))[0]
 
 LEVER = [
-    Mistake(lambda a, p: -_lever(a, p), 'a sign, or its absolute value: more v means less clip, so the derivative is negative'),
+    Mistake(lambda a, p: -_lever(a, p), 'a sign (or the absolute value, or the two levels are swapped): more v means less clip, so the derivative is negative'),
     Mistake(lambda a, p: (1 - p) ** 0.5 * a ** 0.5 + p ** 0.5 * (1 - a) ** 0.5, 'a sign: x0 = sqrt(t) z - sqrt(1 - t) v falls as v rises'),
     Mistake(lambda a, p: (1 - p) ** 0.5 * a ** 0.5, 'only the noise part; v also changes x0'),
     Mistake(lambda a, p: -p ** 0.5 * (1 - a) ** 0.5, 'only the clip part; v also changes the noise'),
     Mistake(lambda a, p: _lever(a, p) / a ** 0.5, 'this is the derivative by epsilon; a v-prediction is not divided by sqrt(alpha_bar_t)'),
     Mistake(lambda a, p: (1 - p) * a - p * (1 - a), 'these are shares of variance used as amplitudes: take the square roots'),
-    Mistake(lambda a, p: _lever(p, a), 'the two levels are swapped: alpha_bar_t is before the step, alpha_bar_prev after it'),
     Mistake(lambda a, p: _angle(p) - _angle(a), 'this is the angle itself, with its sign; the derivative is its sine (for small steps nearly the same)'),
 ]
 
