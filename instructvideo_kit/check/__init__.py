@@ -4,7 +4,7 @@ import importlib.util
 from .quiz import quiz
 from .verdict import Mistake, judge
 
-_ROOMS = (".diffusion", ".reward", ".truncation", "..check_algorithms")
+_ROOMS = (".diffusion", ".reward", ".truncation", ".algorithms")
 
 def __getattr__(name):
     for room in _ROOMS if not name.startswith("_") else ():
@@ -16,4 +16,4 @@ def __getattr__(name):
     raise AttributeError(f"there is no check {name!r}; dir(check) lists them")
 
 def __dir__():
-    return sorted({n for room in _ROOMS[:3] for n in importlib.import_module(room, __name__).__all__ if n.islower()} | {"quiz", "judge", "Mistake"})
+    return sorted({n for room in _ROOMS for n in importlib.import_module(room, __name__).__all__ if n.islower()} | {"quiz", "judge", "Mistake"})
