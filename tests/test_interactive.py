@@ -1,18 +1,24 @@
 "Eq. 4 and what stands on it: identities at both ends, linearity, masks, schedules, drags, pictures of every kind."
 import copy
+import io
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from einops import repeat
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from instructvideo_kit.diffusion.prediction import PREDICTION_TYPES
 from instructvideo_kit.diffusion.sampling import denoise, from_x0, guide, to_x0_eps
 from instructvideo_kit.diffusion.schedule import Schedule
 from instructvideo_kit.interactive.blend import (
     LAMBDA_SCHEDULES, Pair, blend_noise, blended, denoise_blended, lam_at_step, lambda_schedule, masked, noised_still)
+from instructvideo_kit.files import KitError
+from instructvideo_kit.interactive.drag import disc, displaced, fill, moved, steered
+from instructvideo_kit.interactive.pipeline import InteractivePipeline, img2img, join_texts, still, to_image
 from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.policy.first_frame import FirstFramePolicy, widened
 
@@ -37,6 +43,7 @@ class Toy(VideoPolicy):
         alpha_bar = self.schedule.at(t)
         x0 = .8 * still + .2 * z_t.roll(1, -1)
         return from_x0(x0, z_t, alpha_bar, self.schedule.prediction_type)
+    def count(self, prompts, image): return len(image)
     def encode(self, video): return video.transpose(1, 2)
     def decode(self, z, frames=None): return z.transpose(1, 2)
 
@@ -182,3 +189,161 @@ def test_bad_blends(call, words):
 def test_bad_reading():
     policy = Toy("v_prediction")
     with pytest.raises(ValueError, match="shared and two_latents"): denoise_blended(policy, *told(policy), torch.randn(1, *policy.latent_shape), .5, "both")
+
+
+# drags
+
+def spot(x, y, size=32):
+    "A red disc of radius 4 on grey."
+    cover = disc((x, y), 4, (size, size))
+    return .5 * (1 - cover) + cover * torch.tensor([1., .2, .2])[:, None, None]
+
+def red_centre(clip):
+    "Centroid (x, y) of redness per frame."
+    weight = (clip[0, :, 0] - clip[0, :, 1]).clamp(min=0)
+    y, x = (torch.arange(n) + .5 for n in clip.shape[-2:])
+    return torch.stack([(weight.sum(1) * x).sum(-1), (weight.sum(2) * y).sum(-1)], -1) / weight.sum((1, 2))[:, None]
+
+@settings(max_examples=25, deadline=None)
+@given(start=st.tuples(st.floats(9, 23), st.floats(9, 23)), end=st.tuples(st.floats(8, 24), st.floats(8, 24)), f=st.integers(2, 9))
+def test_displaced_object_walks_along_the_arrow(start, end, f):
+    image = spot(*start)
+    clip, touched = displaced(image, [(start, end, 6)], f)
+    assert clip.shape == (1, f, 3, 32, 32) and torch.equal(clip[:, 0], image) and clip.min() >= -1e-6 and clip.max() <= 1 + 1e-6
+    path = torch.lerp(torch.tensor(start), torch.tensor(end), torch.linspace(0, 1, f)[:, None])
+    assert (red_centre(clip) - path).abs().max() < .35
+    assert torch.allclose((clip - image[:, None]) * (touched == 0), torch.zeros(()), atol=1e-5) # nothing else moves
+
+def test_two_drags_and_a_region():
+    image = spot(8, 8) + spot(24, 24) - .5
+    clip, _ = displaced(image, [((8, 8), (8, 20), 6), ((24, 24), (24, 12), 6)], 4)
+    assert clip.shape == (1, 4, 3, 32, 32) and (red_centre(clip[..., :16])[-1] - torch.tensor([8., 20])).abs().max() < .5 and (red_centre(clip[..., 16:])[-1] - torch.tensor([8., 12])).abs().max() < .5
+    region = disc((8, 8), 6, (32, 32))
+    assert torch.allclose(displaced(image, [((8, 8), (8, 20), 1)], 4, region)[0], displaced(image, [((8, 8), (8, 20), 6)], 4)[0])
+
+@settings(max_examples=25, deadline=None)
+@given(h=st.integers(1, 33), w=st.integers(1, 33), seed=st.integers(0, 99))
+def test_fill_keeps_what_is_known_and_a_flat_picture_flat(h, w, seed):
+    g = torch.Generator().manual_seed(seed)
+    hole = (torch.rand(1, 1, h, w, generator=g) < .4).float()
+    hole[..., 0, 0] = 0
+    x = torch.rand(1, 3, h, w, generator=g)
+    out = fill(x * (1 - hole) + 9 * hole, hole)
+    assert torch.allclose(out * (1 - hole), x * (1 - hole), atol=1e-6) and out.max() <= 1 + 1e-5
+    assert torch.allclose(fill(torch.full_like(x, .3) * (1 - hole), hole), torch.tensor(.3), atol=1e-5)
+
+def test_moved_by_whole_pixels():
+    x = torch.rand(2, 3, 6, 8)
+    out = moved(x, torch.tensor([[2., 0], [0., -1]]))
+    assert torch.allclose(out[0, :, :, 2:], x[0, :, :, :-2], atol=1e-5) and torch.allclose(out[1, :, :-1], x[1, :, 1:], atol=1e-5)
+
+@pytest.mark.parametrize("drag, words", [
+    (((-1, 3), (4, 4), 3), r"start \(-1, 3\) lies outside"), (((1, 3), (40, 4), 3), "end .* lies outside"), (((1, 3), (4, 4), 0), "radius"),
+    (((1, 3), (float("nan"), 4), 3), "outside")])
+def test_bad_drags(drag, words):
+    with pytest.raises(ValueError, match=words): displaced(spot(8, 8), [drag], 4)
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_steered_all_the_way_arrives(kind):
+    "lambda = 0 in every step leads to the target whatever the network says; lambda = 1 is the network."
+    policy = Toy(kind)
+    target, noise = torch.rand(1, *policy.latent_shape), torch.randn(1, *policy.latent_shape)
+    ts, model = policy.schedule.timesteps(4), policy.denoiser(**told(policy)[0])
+    run = lambda lam: denoise(steered(model, target, lam_at_step(lam, ts), policy.schedule), noise, ts, policy.schedule)
+    first, last = policy.schedule.at(int(ts[0])), policy.schedule.final_alpha_bar
+    eps = (noise - first ** .5 * target) / (1 - first) ** .5
+    assert torch.allclose(run(0.), last ** .5 * target + (1 - last) ** .5 * eps, atol=1e-3)
+    assert torch.equal(run(1.), denoise(model, noise, ts, policy.schedule))
+
+
+# pictures of every kind
+
+def saved(image, kind, **options):
+    buffer = io.BytesIO(); image.save(buffer, kind, **options); buffer.seek(0)
+    return Image.open(buffer)
+
+@settings(max_examples=25, deadline=None)
+@given(w=st.integers(1, 80), h=st.integers(1, 80), mode=st.sampled_from(["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"]))
+def test_any_picture_becomes_the_policys(w, h, mode):
+    x = to_image(Image.new(mode, (w, h)), (24, 32))
+    assert x.shape == (1, 3, 24, 32) and x.dtype == torch.float32 and x.min() >= 0 and x.max() <= 1
+
+def test_picture_keeps_its_shape_and_turn(tmp_path):
+    tall = Image.fromarray(np.repeat(np.linspace(0, 255, 90).astype(np.uint8)[:, None], 30, 1)) # dark top
+    x = to_image(tall, (10, 10))[0, 0]
+    assert .3 < x[0].mean() < .37 and .63 < x[-1].mean() < .7 # the middle third
+    exif = Image.Exif(); exif[274] = 6 # a quarter turn clockwise
+    turned = to_image(saved(tall.convert("RGB"), "JPEG", exif=exif, quality=95), (10, 30))[0, 0]
+    assert turned[:, 0].mean() > .9 and turned[:, -1].mean() < .1
+    saved(tall.convert("RGB"), "JPEG", exif=exif, quality=95); tall.convert("RGB").save(tmp_path/"a.jpg", exif=exif, quality=95)
+    assert torch.equal(to_image(tmp_path/"a.jpg", (10, 30)), to_image(str(tmp_path/"a.jpg"), (10, 30))) and to_image(tmp_path/"a.jpg", (10, 30))[0, 0, :, 0].mean() > .9
+    assert torch.allclose(to_image(torch.rand(3, 10, 10, generator=torch.Generator().manual_seed(0)), (10, 10)), torch.rand(3, 10, 10, generator=torch.Generator().manual_seed(0)))
+
+def test_bad_pictures(tmp_path):
+    (tmp_path/"a.png").write_text("no picture")
+    for picture, words in ((tmp_path/"a.png", "does not open"), (tmp_path/"b.png", "there is no picture"), (Image.new("I;16", (4, 4)), "8 bits"),
+                           (torch.rand(1, 10, 10), "shape"), (torch.full((3, 10, 10), 255.), "expected"), (torch.full((3, 4, 4), float("nan")), "expected"), ([1], "PIL")):
+        with pytest.raises(KitError, match=words) as caught: to_image(picture, (10, 10))
+        assert "\n" not in str(caught.value)
+
+
+# the pipeline
+
+@pytest.fixture(params=["first_frame", "v_prediction"])
+def pipeline(request):
+    name = request.param
+    return InteractivePipeline(Toy(name)) if name in PREDICTION_TYPES else InteractivePipeline(request.getfixturevalue(name))
+
+def test_policy_without_text(svd):
+    pipeline, (before, after) = InteractivePipeline(svd), pictures(svd.size)
+    assert pipeline.video(before, "a red cat runs", after, "left", [((5, 5), (9, 9), 3)], .5, n_ddim=2).shape == (1, 5, 3, 16, 16)
+
+def test_instructions_alone_and_together(pipeline):
+    h, w = pipeline.size
+    before, after = pictures(pipeline.size)
+    go = lambda **k: pipeline.video(before, "a red cat runs", n_ddim=4, **k)
+    plain = go()
+    assert plain.shape == (1, pipeline.i2v.n_frames, 3, h, w) and plain.min() >= 0 and plain.max() <= 1
+    assert torch.equal(plain, pipeline.i2v.generate(n_ddim=4, noise=pipeline.i2v.noise([0], 0), **pipeline.told("a red cat runs", before)))
+    assert torch.equal(go(edited=after, lam=1), plain) and torch.equal(go(edited=after, lam=0), pipeline.video(after, "a red cat runs", n_ddim=4))
+    drag, mask = [((w / 3, h / 3), (w / 2, h / 2), 2)], torch.zeros(1, 1, h, w).index_fill(-1, torch.arange(w // 2), 1.)
+    seen = [plain, go(seed=1), go(edited=after, lam=.5), go(edited=after, lam=.5, mask=mask), go(drags=drag), go(edited=after, lam=.5, drags=drag),
+            go(edited=after, lam=[0., 0., 1., 1.]), go(edited=after, lam=.5, reading="two_latents"), go(drags=drag, reading="two_latents")]
+    if hasattr(pipeline.i2v, "text_encoder"): seen.append(go(motion="left"))
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i]) and all(clip.isfinite().all() for clip in seen)
+
+def test_progress_and_stop():
+    pipeline, seen = InteractivePipeline(Toy("v_prediction")), []
+    image = pictures(pipeline.size)[0]
+    assert pipeline.video(image, "a", n_ddim=3, progress=lambda *a: seen.append(a)) is not None and seen == [(1, 3), (2, 3), (3, 3)]
+    assert pipeline.video(image, "a", n_ddim=5, progress=lambda *a: seen.append(a), stop=lambda: len(seen) >= 5) is None and seen[3:] == [(1, 5), (2, 5)]
+
+def test_following_costs_no_network():
+    "While lambda is 0 for the arrow, the network is not asked."
+    pipeline = InteractivePipeline(Toy("v_prediction"))
+    pipeline.video(pictures(pipeline.size)[0], "a", drags=[((2, 2), (4, 4), 2)], n_ddim=10, follow=.7)
+    assert len(pipeline.i2v.calls) == 3
+
+@pytest.mark.parametrize("options, words", [
+    (dict(image=torch.rand(1, 3, 5, 6)), "image of shape"), (dict(edited=torch.rand(1, 3, 5, 6)), "image of shape"), (dict(mask=torch.ones(1, 1, 5, 6)), "mask of shape"),
+    (dict(mask=torch.zeros(1, 1, 6, 6)), "mask is empty"), (dict(lam=1.5), "lam goes"), (dict(lam=[.5] * 2), "2 entries"), (dict(reading="twin"), "shared and two"),
+    (dict(drags=[((1, 1), (9, 1), 2)]), "lies outside the 6x6"), (dict(drags=[((1, 1), (5, 1), 2)], follow=2), "follow"), (dict(image=255 * torch.rand(1, 3, 6, 6)), "expected float")])
+def test_bad_instructions(options, words):
+    pipeline = InteractivePipeline(Toy("v_prediction"))
+    before, after = pictures(pipeline.size)
+    with pytest.raises(ValueError, match=words) as caught: pipeline.video(**{"image": before, "prompt": "a", "edited": after, "n_ddim": 3, **options})
+    assert "\n" not in str(caught.value)
+
+def test_image_stage(text_policy, first_frame):
+    pipeline, image = InteractivePipeline(first_frame, text_policy), pictures(text_policy.size)[0]
+    assert torch.equal(pipeline.image(*PROMPT, image, strength=0), image)
+    made = [pipeline.image(*PROMPT, n_ddim=4), pipeline.image(*PROMPT, seed=1, n_ddim=4), *(pipeline.image(*PROMPT, image, s, n_ddim=4) for s in (.25, .5, 1.))]
+    assert all(x.shape == image.shape and 0 <= x.min() and x.max() <= 1 for x in made)
+    assert not any(torch.equal(a, b) for i, a in enumerate(made) for b in made[:i])
+    assert still(text_policy).n_frames == 1 and text_policy.n_frames == 8 and img2img(text_policy, *PROMPT, image, .5, n_ddim=4).shape == image.shape
+    for bad, words in ((dict(strength=1.1), "strength"), (dict(image=torch.rand(1, 3, 4, 4)), "image of shape"), (dict(strength=.1), "at least one step")):
+        with pytest.raises(ValueError, match=words): pipeline.image(**{"prompt": PROMPT[0], "image": image, "n_ddim": 4, **bad})
+    with pytest.raises(ValueError, match="no image stage"): InteractivePipeline(first_frame).image("a")
+
+def test_texts():
+    assert [join_texts("a cat"), join_texts("a cat", " "), join_texts("a cat", "runs"), join_texts("a cat", "a cat runs"), join_texts("", "runs")] == ["a cat", "a cat", "a cat runs", "a cat runs", "runs"]

@@ -184,16 +184,16 @@ def denoise_blended(
     n_ddim:int=20, # D, DDIM steps
     guidance_scale:float=None, # w; None: the policy's own
     callback=None, # called (i, t, z) after step i
-    steer=None, # turns a model(z_t, t) into another one, such as a drag; for "shared"
+    steer=None, # turns a model(z_t, t) into another one, such as a drag
 )->Tensor: # z_0, like noise
     "Full DDIM chain with Eq. (4) of InteractiveVideo in it. ValueError for another reading, or lam outside [0, 1]."
     check_reading(reading)
     timesteps, schedule = policy.schedule.timesteps(n_ddim), policy.schedule
     pair, lam_at = Pair(policy, told, told_edit, guidance_scale), lam_at_step(lam, timesteps)
-    lam_at = {t: value.to(noise.device) for t, value in lam_at.items()}
-    if reading == "shared":
-        model = blended(pair, lam_at)
-        return denoise(steer(model) if steer else model, noise, timesteps, schedule, callback=callback)
+    lam_at, shared = {t: value.to(noise.device) for t, value in lam_at.items()}, reading == "shared"
+    model = blended(pair, lam_at) if shared else blended_twins(pair, lam_at, schedule)
+    if steer is not None: model = steer(model)
+    if shared: return denoise(model, noise, timesteps, schedule, callback=callback)
     twins = torch.cat([noised_still(policy, each["image"], noise, int(timesteps[0])) for each in (told, told_edit)])
-    twins = denoise(blended_twins(pair, lam_at, schedule), twins, timesteps, schedule, callback=callback)
+    twins = denoise(model, twins, timesteps, schedule, callback=callback)
     return blend_noise(*twins.chunk(2), lam_at[int(timesteps[-1])])
