@@ -132,6 +132,20 @@ def _where(precision):
     from instructvideo_kit.demo import best_device
     return dict(device=best_device(), dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
 
+def _watched(data, clips, policy, judge, config, where):
+    "Clips without the held-out captions, and an evaluation on these: by the judge, and by the menagerie's other judge where it can see."
+    from instructvideo_kit.demo import held_out
+    from instructvideo_kit.tuning.common import clip_judge
+    from instructvideo_kit.tuning.start import hold_out
+    from instructvideo_kit.tuning.watch import held_out_evaluation
+    clips, captions = (clips, sum(held_out(16).values(), [])) if data == "menagerie" else hold_out(clips)
+    judges = {"reward": clip_judge(judge, config.n_segments, getattr(config, "dimension", "mean"))}
+    if policy.name == "menagerie": # an image judge has a video judge beside it, and the other way round
+        other = 0 if config.n_segments else 4
+        judges["second"] = clip_judge(_judge("menagerie", other, where), other)
+    typer.echo(f"every {config.eval_every} steps: {len(captions)} captions that are not tuned on, {' and '.join(judges)} judge, flicker, spread")
+    return clips, held_out_evaluation(captions, judges)
+
 def _for_card(config, algorithm, memory):
     "The config with a card's settings, which are known for InstructVideo."
     from instructvideo_kit.tuning.memory import with_memory_preset
@@ -171,10 +185,12 @@ def tune(
     where = _where(config.mixed_precision)
     model, judge = VideoPolicy.from_pretrained(config.policy, **where), _judge(config.reward, config.n_segments, where)
     if algorithm == "instructvideo": typer.echo(f"a step takes about {_memory_of(model, judge, config):.1f} GB beside the weights")
-    clips = _clips(data, model, config.seed)
+    clips, evaluate = _clips(data, model, config.seed), None
+    if config.eval_every: clips, evaluate = _watched(data, clips, model, judge, config, where)
     if algorithm == "dpo": clips = list(clips.captions) if hasattr(clips, "captions") else [caption for _, caption in clips]
-    try: result = module.tune(model, judge, clips, config, out, resume)
+    try: result = module.tune(model, judge, clips, config, out, resume, evaluate)
     except KeyboardInterrupt: _stop(f"stopped; the same command with --resume goes on from the last checkpoint in {out}", 130)
+    if result.best: typer.echo(f"best evaluation: {result.best}")
     typer.echo(f"LoRA: {result.lora}\nnext: instructvideo-kit evaluate {out}")
 
 # %% ../nbs/95_cli.ipynb #435a1dd8
@@ -258,7 +274,7 @@ def evaluate(
     comparison = save_comparison(folder, before, after)
     typer.echo("\n".join([str(comparison), "", *verdict(comparison), f"saved in {folder}"]))
 
-# %% ../nbs/95_cli.ipynb #e6ddc76c
+# %% ../nbs/95_cli.ipynb #feff3c36
 PARTS = { # part -> kind of weights, name
     "policy": ("policy", "menagerie"), "i2v": ("policy", "menagerie-i2v"), "judge": ("reward", "menagerie"), "video-judge": ("videoscore", "menagerie"), "oracle": ("oracle", "menagerie")}
 

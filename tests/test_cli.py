@@ -185,3 +185,15 @@ def test_unknown_algorithms_and_cards_for_others_are_refused(tmp_path, algorithm
     card = ["--memory", "h200"] if algorithm == "draft" else []
     refused(call("tune", "--algorithm", algorithm, "--data", "menagerie", "--out", tmp_path/"run", *card), says)
     assert not (tmp_path/"run").exists()
+
+
+def test_eval_every_holds_captions_out_and_keeps_the_best(home):
+    assert tune(home, home/"watched", "--set", "eval_every=1", "--set", "sample_every=2").exit_code == 0
+    rows = [json.loads(line) for line in (home/"watched/log.jsonl").read_text().splitlines()]
+    evaluations = [r for r in rows if r["kind"] == "eval"]
+    assert [r["step"] for r in evaluations] == [0, 1, 2] and all({"reward", "flicker", "spread"} <= set(r) and len(r["clips"]["reward"]) == 1 for r in evaluations)
+    assert json.loads((home/"watched/inputs.json").read_text())["clips"].startswith("1:") # one of two captions is held out
+    assert (home/"watched"/json.loads((home/"watched/best.json").read_text())["lora"]).is_dir() and len(list((home/"watched/samples").iterdir())) == 2
+    (home/"alike").mkdir(exist_ok=True)
+    (home/"alike/list.txt").write_text(f"{home}/clips/a.mp4|||a red cat\n{home}/clips/b.mp4|||a red cat\n")
+    refused(tune(home, home/"no", "--set", "eval_every=1", data="alike/list.txt"), "1 different captions", "eval_every 0")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SampledConfig', 'branches', 'grad_cost', 'merging', 'recomputing', 'chain', 'draw_clips', 'clip_scores', 'judge',
            'prediction_errors', 'draw_timestep', 'snapshot', 'put_back', 'as_it_was', 'reference', 'Rounds',
-           'prompts_of', 'step_of', 'check_start', 'run', 'share_out']
+           'clip_judge', 'share_out']
 
 # %% ../../nbs/tuning/02_common.ipynb #944a1dda
 import math
@@ -19,14 +19,14 @@ from peft import set_peft_model_state_dict
 
 from ..diffusion.sampling import denoise, from_x0
 from ..diffusion.schedule import corrupt
-from ..policy.lora import add_lora, disabled_lora, load_lora, lora_parameters, lora_state, merged_lora, save_lora
+from ..policy.lora import disabled_lora, load_lora, lora_parameters, lora_state, merged_lora, save_lora
 from ..policy.recompute import recomputed
 from ..reward.base import clamp_frames
 from ..reward.segvr import segment_frames
 from ..reward.videoscore import DIMENSIONS, pick_dimension
-from .instructvideo import TuneResult, captions_of, draw_noise, push, user_error
-from .instructvideo import _not_in_config, _result
-from .trainer import RunFolder, Trainer, TrainerConfig, example_generator, fingerprint, make_accelerator, need, need_one_of
+from .instructvideo import draw_noise, push
+from .start import TuneResult, captions_of, check_start, prompts_of, run, step_of, user_error
+from .trainer import TrainerConfig, example_generator, need, need_one_of
 
 # %% ../../nbs/tuning/02_common.ipynb #8217a2da
 @dataclass
@@ -234,65 +234,17 @@ class Rounds:
             self.round, self.maker, self.data = int(path.name.split("-")[1]), snapshot(self.policy), None
             put_back(self.policy, now)
 
-# %% ../../nbs/tuning/02_common.ipynb #b155d837
-def prompts_of(
-    data, # list of captions, of tuples that end with one, or a ClipFolder
-)->list: # of str
-    "The captions."
-    if hasattr(data, "captions"): return captions_of(data)
-    return [item if isinstance(item, str) else item[-1] for item in data]
-
-def step_of(
-    positions, # of a micro-batch
-    config, # TrainerConfig
-)->int: # optimiser steps done before it
-    "The step that these positions of the stream belong to."
-    return positions[0] // config.batch
-
-def check_start(
-    policy, # VideoPolicy
-    data, # captions or clips
-    config, # InstructVideoConfig or SampledConfig
-)->list: # captions
-    "KitError for what would fail later: a single text, no captions, empty ones, more segments than frames, a LoRA that is there already."
-    need(not isinstance(data, str), f'the data is the single text "{data}", expected a list of captions or clips')
-    need(len(data) > 0, "there is nothing to tune on; give at least one caption")
-    prompts = prompts_of(data)
-    empty = [i for i, p in enumerate(prompts) if not isinstance(p, str) or not p.strip()]
-    need(not empty, f"{len(empty)} of {len(prompts)} captions are empty, the first is number {empty[0] if empty else ''}; write what the clip shows")
-    user_error(segment_frames, policy.n_frames, config.n_segments or policy.n_frames)
-    user_error(policy.schedule.timesteps, config.n_ddim)
-    need(not getattr(policy.network, "peft_config", None), "the policy carries a LoRA already; open it afresh, or merge_lora(policy) to tune on top of it")
-    return prompts
-
-def run(
-    Algorithm, # class: (policy, reward, data, config, accelerator); called with positions; may have save(folder), load(folder)
-    policy, # VideoPolicy, without a LoRA; it carries the tuned one afterwards
-    reward, # callable (frames (b, s, 3, h, w), prompts)
-    data, # list of captions, of (clip, caption), or a ClipFolder
-    config, # of the algorithm
-    run_dir, # a new folder, or with resume one that holds this run
-    resume:bool=False, # go on from the last checkpoint, or start if there is none
-    evaluate=None, # evaluate(policy, step) -> dict of numbers, every config.eval_every steps
-    stop_after:int=None, # stop, saved, when this many steps are done in all
-    progress:bool=True, # show a bar
-)->TuneResult:
-    "Tune a policy with an algorithm: a LoRA, a log and checkpoints in run_dir; KitError for bad input, before anything is written."
-    prompts, accelerator = check_start(policy, data, config), make_accelerator(config, policy.device)
-    for part in (policy, reward):
-        if hasattr(part, "to"): part.to(accelerator.device)
-    inputs = {"algorithm": Algorithm.__name__, "clips": fingerprint(prompts), "policy": policy.name, "reward": getattr(reward, "name", getattr(reward, "__name__", type(reward).__name__))}
-    folder = RunFolder.open(run_dir, config, _not_in_config(inputs, config), resume) if accelerator.is_main_process else RunFolder(run_dir)
-    accelerator.wait_for_everyone()
-    parameters = add_lora(policy, config.rank, seed=config.seed)
-    if getattr(config, "compile", False): policy.network.compile()
-    step = Algorithm(policy, reward, data, config, accelerator)
-    def save(where): save_lora(policy, where); getattr(step, "save", lambda _: None)(where)
-    def load(where): load_lora(policy, where); getattr(step, "load", lambda _: None)(where)
-    trainer = Trainer(config, folder, parameters, save, load, accelerator, progress)
-    if resume: trainer.load()
-    trainer.fit(step, evaluate and (lambda n: evaluate(policy, n)), stop_after)
-    return _result(policy, folder, trainer)
+# %% ../../nbs/tuning/02_common.ipynb #8192e5ef
+def clip_judge(
+    reward, # as in `clip_scores`
+    n_segments:int=4, # frames it sees, the middle one of each segment; 0: all, for a video judge
+    dimension:str="mean", # which of several numbers
+): # callable (videos (b, f, 3, h, w) in [0, 1], prompts) -> (b,)
+    "A judge of whole clips, as `held_out_evaluation` asks for it."
+    def scores(videos, prompts):
+        g = segment_frames(videos.shape[1], n_segments or videos.shape[1], 1, "middle")[0]
+        return clip_scores(reward, videos[:, g.to(videos.device)], prompts, dimension)
+    return scores
 
 # %% ../../nbs/tuning/02_common.ipynb #365bfddc
 def share_out(

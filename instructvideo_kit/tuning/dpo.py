@@ -146,10 +146,11 @@ def tune(
     evaluate=None, # evaluate(policy, step) -> dict of numbers, every config.eval_every steps
     stop_after:int=None, # stop, saved, when this many steps are done in all
     progress:bool=True, # show a bar with ETA and memory
+    stop=None, # stop() -> bool, asked after each step: stop, saved
 )->TuneResult:
     "Offline Diffusion-DPO: a LoRA, a log and checkpoints in run_dir; KitError for bad input, before anything is written."
     need(reward is not None or given_pairs(data), "there is no reward to choose pairs with; give one, or (winner, loser, caption) clips")
-    return run(DPO, policy, reward, data, config or DPOConfig(), run_dir, resume, evaluate, stop_after, progress)
+    return run(DPO, policy, reward, data, config or DPOConfig(), run_dir, resume, evaluate, stop_after, progress, stop)
 
 def step_cost(
     config, # DPOConfig

@@ -94,9 +94,10 @@ def tune(
     evaluate=None, # evaluate(policy, step) -> dict of numbers, every config.eval_every steps
     stop_after:int=None, # stop, saved, when this many steps are done in all
     progress:bool=True, # show a bar with reward, ETA and memory
+    stop=None, # stop() -> bool, asked after each step: stop, saved
 )->TuneResult:
     "DRaFT-K, DRaFT-LV or VADER: a LoRA, a log and checkpoints in run_dir; KitError for bad input, before anything is written."
-    return run(Draft, policy, reward, prompts, config or DraftConfig(), run_dir, resume, evaluate, stop_after, progress)
+    return run(Draft, policy, reward, prompts, config or DraftConfig(), run_dir, resume, evaluate, stop_after, progress, stop)
 
 # %% ../../nbs/tuning/03_draft.ipynb #8f0d3246
 def step_cost(

@@ -94,9 +94,10 @@ def tune(
     evaluate=None, # evaluate(policy, step) -> dict of numbers, every config.eval_every steps
     stop_after:int=None, # stop, saved, when this many steps are done in all
     progress:bool=True, # show a bar with reward, ETA and memory
+    stop=None, # stop() -> bool, asked after each step: stop, saved
 )->TuneResult:
     "OnlineVPO: a LoRA, a log and checkpoints in run_dir; KitError for bad input, before anything is written."
-    return run(OnlineDPO, policy, reward, prompts, config or OnlineDPOConfig(), run_dir, resume, evaluate, stop_after, progress)
+    return run(OnlineDPO, policy, reward, prompts, config or OnlineDPOConfig(), run_dir, resume, evaluate, stop_after, progress, stop)
 
 def step_cost(
     config, # OnlineDPOConfig

@@ -97,9 +97,10 @@ def tune(
     evaluate=None, # evaluate(policy, step) -> dict of numbers, every config.eval_every steps
     stop_after:int=None, # stop, saved, when this many steps are done in all
     progress:bool=True, # show a bar with reward, ETA and memory
+    stop=None, # stop() -> bool, asked after each step: stop, saved
 )->TuneResult:
     "ReFL: a LoRA, a log and checkpoints in run_dir; KitError for bad input, before anything is written."
-    return run(Refl, policy, reward, prompts, config or ReflConfig(), run_dir, resume, evaluate, stop_after, progress)
+    return run(Refl, policy, reward, prompts, config or ReflConfig(), run_dir, resume, evaluate, stop_after, progress, stop)
 
 def step_cost(
     config, # ReflConfig

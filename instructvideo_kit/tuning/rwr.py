@@ -119,12 +119,13 @@ def tune(
     evaluate=None, # evaluate(policy, step) -> dict of numbers, every config.eval_every steps
     stop_after:int=None, # stop, saved, when this many steps are done in all
     progress:bool=True, # show a bar with reward, ETA and memory
+    stop=None, # stop() -> bool, asked after each step: stop, saved
 )->TuneResult:
     "Reward-weighted regression: a LoRA, a log and checkpoints in run_dir; KitError for bad input, before anything is written."
     config = config or RWRConfig()
     if config.source == "clips":
         need(hasattr(data, "captions") or (len(data) and not isinstance(data[0], str)), 'source is "clips" but captions alone were given; give (clip, caption) pairs, or source "policy"')
-    return run(RWR, policy, reward, data, config, run_dir, resume, evaluate, stop_after, progress)
+    return run(RWR, policy, reward, data, config, run_dir, resume, evaluate, stop_after, progress, stop)
 
 def step_cost(
     config, # RWRConfig
