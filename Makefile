@@ -6,7 +6,7 @@ ROOT_FLAG := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
 help:
 	@echo "make demo             tune a small text-to-video model and open a report: runs/demo/report.html"
-	@echo "make test             notebooks clean and exported, notebooks and tutorials run, pytest"
+	@echo "make test             notebooks clean and exported, notebooks and both editions of the tutorials run, pytest"
 	@echo "make lab              JupyterLab at the first tutorial"
 	@echo "make export           notebooks -> modules, then clean the notebooks"
 	@echo "make editions         tutorials -> tutorials/student and tutorials/solved"
@@ -22,7 +22,7 @@ test: setup
 	@.venv/bin/python .ci/test.py $(ARGS)
 
 lab: setup
-	@.venv/bin/jupyter lab $(ROOT_FLAG) tutorials/01_start_here.ipynb
+	@.venv/bin/jupyter lab $(ROOT_FLAG) tutorials/student/01_start_here.ipynb
 
 export: setup
 	@.venv/bin/nbdev_export && .venv/bin/python .ci/clean.py

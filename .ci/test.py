@@ -1,5 +1,5 @@
-"`make test`: clean-diff, export-diff, notebooks, tutorials, pytest. Two processor cores are enough; sockets are blocked from the notebooks on."
-import difflib, os, shutil, subprocess, sys, tempfile, time
+"`make test`: clean-diff, export-diff, editions, notebooks, student, solved, pytest. Two processor cores are enough; sockets are blocked from the notebooks on."
+import difflib, json, os, re, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from clean import notebooks
 
@@ -57,12 +57,49 @@ def export_diff():
     return ok
 
 
+def spoken(command, **options):
+    "Run a command, pass its output on, and return (exit status, output)."
+    process, said = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **options), []
+    for line in process.stdout: print(line, end="", flush=True); said.append(line)
+    return process.wait(), "".join(said)
+
+
 def run_notebooks(where):
-    "nbdev_test on one folder, two workers with one thread each."
+    "nbdev_test on one folder, two workers with one thread each; then the time of each notebook beside what its card says."
     if not any(p.is_relative_to(ROOT/where) for p in notebooks(ROOT)):
         print(f"  skipped: {where}/ holds no notebook"); return True
     command = [BIN/"nbdev_test", "--path", where, "--n_workers", "2", "--do_print", "--timing"]
-    return subprocess.run(command, cwd=ROOT, env=environment(threads=1)).returncode == 0
+    status, said = spoken(command, cwd=ROOT, env=environment(threads=1))
+    for line in beside_cards(seconds_of(said), {p.name: minutes_to_run(p) for p in notebooks(ROOT) if p.parent == ROOT/where}): print(line)
+    return status == 0
+
+
+def seconds_of(said):
+    "{notebook: seconds} from what nbdev_test --timing printed."
+    return {name: int(s) for name, s in re.findall(r"^(\S+\.ipynb): (\d+) secs", said, re.M)}
+
+
+def minutes_to_run(path):
+    "What the card of a tutorial promises; None where there is no card."
+    first = "".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"][:2])
+    found = re.search(r"\| minutes \| [\d.]+ to read, ([\d.]+) to run", first)
+    return float(found[1]) if found else None
+
+
+def beside_cards(seconds, minutes):
+    """Lines of a table. Machines differ and runs scatter, so this warns and never fails: the median over all tutorials says how fast this machine is
+    against the one the cards were written on, and a notebook is named when it is more than 50 % off what that leads one to expect."""
+    known = {name: seconds[name]/(60*m) for name, m in minutes.items() if m and name in seconds}
+    if not known: return []
+    pace = statistics.median(known.values())
+    def odd(x): return "" if abs(x/pace - 1) <= .5 else "   WARNING: more than 50 % off, correct the card" if len(known) > 2 else ""
+    lines = [f"  {name:45} {seconds[name]:4} s, its card says {60*minutes[name]:3.0f} s{odd(x)}" for name, x in known.items()]
+    return [*lines, f"  median: this machine takes {pace:.2f} times the cards' time" + (" (more than 50 % off)" if abs(pace - 1) > .5 else "")]
+
+
+def editions():
+    "Student and solved editions are what the masters say."
+    return subprocess.run([sys.executable, ROOT/".ci/editions.py", "--check"], cwd=ROOT).returncode == 0
 
 
 def run_pytest():
@@ -71,8 +108,8 @@ def run_pytest():
     return subprocess.run(command, cwd=ROOT, env=environment(threads=1)).returncode == 0
 
 
-STAGES = {"clean-diff": clean_diff, "export-diff": export_diff, "notebooks": lambda: run_notebooks("nbs"),
-          "tutorials": lambda: run_notebooks("tutorials"), "pytest": run_pytest}
+STAGES = {"clean-diff": clean_diff, "export-diff": export_diff, "editions": editions, "notebooks": lambda: run_notebooks("nbs"),
+          "student": lambda: run_notebooks("tutorials/student"), "solved": lambda: run_notebooks("tutorials/solved"), "pytest": run_pytest}
 
 
 def main(chosen):

@@ -4,8 +4,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("editions", ROOT/".ci/editions.py")
-editions = importlib.util.module_from_spec(spec); spec.loader.exec_module(editions)
+sys.path.insert(0, str(ROOT/".ci")) # test.py imports clean.py beside it
+
+def tool(name, path):
+    spec = importlib.util.spec_from_file_location(name, ROOT/path)
+    module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+    return module
+
+editions, ci = tool("editions", ".ci/editions.py"), tool("ci_test", ".ci/test.py")
+MASTERS = editions.masters()
+every_master = pytest.mark.parametrize("path", MASTERS, ids=lambda p: p.stem)
 
 ANSWER = """#| answer double
 def my_double(x):
@@ -93,3 +101,67 @@ def test_writing_twice_changes_nothing(root):
     path = root/"tutorials/01_small.ipynb"
     for p, t in (first := editions.files_of(path)).items(): p.parent.mkdir(exist_ok=True); p.write_text(t)
     assert editions.files_of(path) == first
+
+# Every tutorial of this checkout
+
+def cells_of(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
+def text_of(path, kind=None): return "\n".join(editions.source(c) for c in cells_of(path) if kind in (None, c["cell_type"]))
+
+@every_master
+def test_editions_are_in_step(path): assert editions.stale(editions.files_of(path)) == [], "run `make editions`"
+
+def test_no_edition_is_left_over(): assert editions.strays() == []
+
+@every_master
+def test_opening_is_in_the_usual_form(path):
+    first, card = (editions.source(c) for c in cells_of(path)[:2])
+    assert re.match(r"# .+\n> .+", first)
+    for row in ("device", "memory", "minutes", "you know already", "symbols"): assert f"| {row} |" in card, row
+    assert re.search(r"\| minutes \| \d+ to read, [\d.]+ to run, \d+ with the exercises \|", card) and ci.minutes_to_run(path) <= 4
+    assert "Predict" in card and all(f"({i})" in card for i in (1, 2, 3))
+
+@every_master
+def test_parts_are_there(path):
+    text = text_of(path, "markdown")
+    for part in ("## Set-up", "## Quiz", "## What we left out", "**Where to go on.**"): assert part in text, part
+    assert 3 <= len([c for c in cells_of(path) if editions.directive(c)[0] == "graded"]) <= 6
+    assert "<summary>Solution" not in text and "](../" not in text and "](./" not in text
+
+@every_master
+def test_setup_is_the_same_everywhere(path):
+    setup = [editions.source(c) for c in cells_of(path) if editions.directive(c)[0] == "setup"]
+    assert len(setup) == 1 and "doctor.check()" in setup[0]
+    assert setup[0] == next(editions.source(c) for c in cells_of(MASTERS[0]) if editions.directive(c)[0] == "setup")
+
+@every_master
+def test_students_see_no_solution(path):
+    student = path.parent/"student"/path.name
+    assert "BEGIN SOLUTION" not in text_of(student) and "HIDDEN" not in text_of(student)
+    solutions = [m[2].strip() for c in cells_of(path) for m in editions.SOLUTION.finditer(editions.source(c))]
+    assert solutions and not any(s in text_of(student, "code") for s in solutions if len(s) > 25)
+    assert text_of(student, "code").count("# your code here") == len(solutions)
+
+@pytest.mark.parametrize("path", sorted((ROOT/"tutorials").rglob("*.ipynb")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_notebooks_are_small_and_carry_no_widget_state(path):
+    assert path.stat().st_size < 1.5e6 and "widgets" not in json.loads(path.read_text(encoding="utf-8"))["metadata"]
+    if path.parent.name in ("student", "solved"): assert not any(c.get("outputs") for c in cells_of(path))
+
+@every_master
+def test_links_name_what_exists(path):
+    found = re.findall(r"`((?:nbs|instructvideo_kit|tutorials)/[\w/.]+)`", text_of(path, "markdown"))
+    missing = [f for f in found if not any((ROOT/(f + e)).exists() for e in ("", ".ipynb"))]
+    others = [f for f in re.findall(r"`(\d\d_\w+)`", text_of(path, "markdown")) if not list(ROOT.glob(f"tutorials/{f}*.ipynb")) + list(ROOT.glob(f"nbs/*/{f}.ipynb"))]
+    assert missing == [] and others == []
+
+# The times on the cards
+
+SAID = "Starting /x/a.ipynb\nSuccess.\na.ipynb: 60 secs\nb.ipynb: 200 secs\nc.ipynb: 130 secs\n"
+
+def test_times_are_read(): assert ci.seconds_of(SAID) == {"a.ipynb": 60, "b.ipynb": 200, "c.ipynb": 130}
+
+def test_a_card_that_is_off_is_named_and_a_slow_machine_is_not():
+    lines = ci.beside_cards(ci.seconds_of(SAID), {"a.ipynb": .5, "b.ipynb": .5, "c.ipynb": 1.})
+    assert [("WARNING" in line) for line in lines] == [False, True, False, False]
+    assert "2.17 times" in lines[-1] and "off" in lines[-1]
+    assert not any("WARNING" in line for line in ci.beside_cards({"a": 30, "b": 60, "c": 90}, {"a": 1, "b": 2, "c": 3}))
+    assert ci.beside_cards({"a": 30}, {"a": None}) == []
