@@ -1,7 +1,7 @@
 # make demo and make test need nothing but Python 3.10-3.13, git and make: each sets up .venv first, and finds it ready the next time.
 # make PYTHON=/path/to/python3.12 demo chooses the interpreter; ARGS passes options on: make demo ARGS="--quick"
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab export editions clean-notebooks
+.PHONY: help setup demo test lab export editions clean-notebooks docs slides
 ROOT_FLAG := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
 help:
@@ -10,6 +10,8 @@ help:
 	@echo "make lab              JupyterLab at the first tutorial"
 	@echo "make export           notebooks -> modules, then clean the notebooks"
 	@echo "make editions         tutorials -> tutorials/student and tutorials/solved"
+	@echo "make docs             the documentation site: build/site/index.html (pip install -e .[docs] first)"
+	@echo "make slides           a reveal.js presentation of each tutorial: build/slides"
 	@echo "make clean-notebooks  remove what does not belong into a commit"
 
 setup:
@@ -32,3 +34,11 @@ editions: setup
 
 clean-notebooks: setup
 	@.venv/bin/python .ci/clean.py
+
+docs: setup
+	@.venv/bin/python .ci/docs.py
+
+# REVEAL is where the presentation finds reveal.js: an address, or a folder beside the slides for a room without internet.
+REVEAL ?= https://cdn.jsdelivr.net/npm/reveal.js@4.6.1
+slides: setup
+	@.venv/bin/python .ci/slides.py --reveal '$(REVEAL)'

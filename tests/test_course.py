@@ -165,3 +165,29 @@ def test_a_card_that_is_off_is_named_and_a_slow_machine_is_not():
     assert "2.17 times" in lines[-1] and "off" in lines[-1]
     assert not any("WARNING" in line for line in ci.beside_cards({"a": 30, "b": 60, "c": 90}, {"a": 1, "b": 2, "c": 3}))
     assert ci.beside_cards({"a": 30}, {"a": None}) == []
+
+# The symbol table and the pages made from the modules
+
+def symbols(): return [line.split("|")[2].strip().strip("`") for line in (ROOT/"docs/symbols.md").read_text(encoding="utf-8").splitlines() if line.startswith("| $")]
+
+@pytest.mark.parametrize("name", symbols())
+def test_every_symbol_exists(name):
+    import importlib, inspect, dataclasses
+    dotted, _, parameter = name.partition(":")
+    room, module, *rest = dotted.split(".")
+    thing = getattr(importlib.import_module(f"instructvideo_kit.{room}.{module}"), rest[0])
+    if len(rest) > 1: assert rest[1] in {f.name for f in dataclasses.fields(thing)} or hasattr(thing, rest[1])
+    if parameter: assert parameter in inspect.signature(thing).parameters
+
+def test_there_are_symbols(): assert len(symbols()) > 25 and len(set(symbols())) == len(symbols())
+
+docs = tool("docs_pages", ".ci/docs.py")
+
+def test_a_page_shows_the_head_of_each_function_and_nothing_of_its_body():
+    page = docs.api_page(ROOT/"instructvideo_kit/reward/tar.py")
+    assert "# instructvideo_kit.reward.tar" in page and "## tar_weights" in page and "lam:float=1.0, # decay" in page and "Eq. (7)" in page
+    assert "torch.exp" not in page and "nbs/reward/02_tar.ipynb" in page
+
+def test_classes_show_fields_and_methods():
+    page = docs.api_page(ROOT/"instructvideo_kit/tuning/instructvideo.py")
+    assert "tau: float = 0.6" in page and "def __call__(self, positions)" in page and "def check(self)" in page

@@ -1,0 +1,55 @@
+"""`make slides`: a reveal.js presentation of each master tutorial in build/slides, with its outputs.
+
+A heading opens a slide, what follows stands below it (press down), set-up cells and answers are left out. --reveal says where reveal.js is.
+"""
+import argparse, json, re, subprocess, sys, tempfile
+from pathlib import Path
+from editions import MARK, directive, masters, source, student_code
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def kind_of(cell, first):
+    "slide, subslide or skip."
+    text, kind = source(cell), directive(cell)[0]
+    if kind in ("setup", "graded") or text.startswith(("import ", "from ", "MODEL,", "JUDGE,")) or "<summary>Hint" in text: return "skip"
+    return "slide" if first or re.match(r"#{1,2} ", text) else "subslide"
+
+
+def split_headings(cell):
+    "One markdown cell per heading in it, so that each heading opens a slide."
+    if cell["cell_type"] != "markdown": return [cell]
+    parts = [p for p in re.split(r"(?m)^(?=#{1,2} )", source(cell)) if p.strip()]
+    return [{**cell, "id": f"{cell['id']}{i}" if i else cell["id"], "source": p} for i, p in enumerate(parts)]
+
+
+def as_slides(nb):
+    "The notebook with nbconvert's slide types; answers as students see them."
+    cells = [part for cell in nb["cells"] for part in split_headings(cell)]
+    for i, cell in enumerate(cells):
+        cell["metadata"] = {"slideshow": {"slide_type": kind_of(cell, i == 0)}}
+        if directive(cell)[0] == "answer": cell["source"] = student_code(source(cell))
+        elif cell["cell_type"] == "code": cell["source"] = MARK.sub("", source(cell))
+    return {**nb, "cells": cells}
+
+
+def build(path, reveal, out):
+    with tempfile.TemporaryDirectory() as folder:
+        notebook = Path(folder)/path.name
+        notebook.write_text(json.dumps(as_slides(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
+        command = [sys.executable, "-m", "nbconvert", "--to", "slides", "--SlidesExporter.reveal_scroll=True", f"--SlidesExporter.reveal_url_prefix={reveal}", "--log-level", "ERROR"]
+        return subprocess.run([*command, "--output-dir", out, notebook]).returncode == 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reveal", default="https://cdn.jsdelivr.net/npm/reveal.js@4.6.1", help="address or folder of reveal.js")
+    parser.add_argument("prefixes", nargs="*", help="only tutorials whose names begin so")
+    chosen = parser.parse_args()
+    out = ROOT/"build/slides"
+    bad = [p.name for p in masters(chosen.prefixes) if not build(p, chosen.reveal, out)]
+    if bad: sys.exit(f"slides: failed for {', '.join(bad)}")
+    print(f"slides: {out}")
+
+
+if __name__ == "__main__": main()
