@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'DRAWN', 'DTYPES', 'N_FEATURES', 'PACE', 'H', 'IMAGE_JUDGE', 'ONLINE', 'REFL', 'CELLS', 'Held', 'Cell',
-           'trains', 'config_of', 'compute', 'weights_hash', 'training_facts', 'facts_of', 'key_of', 'differences',
-           'Judges', 'spoil', 'drawn_clips', 'Result', 'result_path', 'state_of', 'run_folder', 'tuned_policy',
-           'evaluate_point', 'evaluate_data', 'evaluate_judges', 'run_point', 'todo', 'parse_shard', 'shard', 'pace',
-           'plan', 'plan_text', 'run_cells', 'at', 'online', 'seeded']
+           'trains', 'config_of', 'precision_of', 'compute', 'weights_hash', 'training_facts', 'facts_of', 'key_of',
+           'differences', 'Judges', 'spoil', 'drawn_clips', 'Result', 'result_path', 'state_of', 'run_folder',
+           'tuned_policy', 'evaluate_point', 'evaluate_data', 'evaluate_judges', 'run_point', 'todo', 'parse_shard',
+           'shard', 'pace', 'plan', 'plan_text', 'run_cells', 'at', 'online', 'seeded']
 
 # %% ../../nbs/measure/04_runs.ipynb #5ad9f998
 import hashlib, json, time
@@ -85,6 +85,10 @@ def config_of(
     values = {"mixed_precision": "bf16", **cell.overrides, "seed": cell.seed, "steps": max(step for step, _ in cell.points)}
     return load_preset(preset, ALGORITHMS[cell.algorithm][1], values)
 
+def precision_of(cell)->str: # "bf16", "fp16" or "no"
+    "Number format of the policy in a cell."
+    return config_of(cell).mixed_precision if trains(cell) else cell.overrides.get("mixed_precision", "bf16")
+
 def compute(
     cell, # Cell
     step:int, # optimiser steps
@@ -133,7 +137,7 @@ def facts_of(
               "judges": [weights_hash("menagerie", k) for k in ("reward", "videoscore", "oracle")]}
     if cell.algorithm in DRAWN: return judged | {"algorithm": cell.algorithm, "clips": cell.clips, "seed": cell.seed}
     policy = config_of(cell).policy if trains(cell) else "menagerie"
-    return judged | {"policy weights": weights_hash(policy, "policy"), "dtype": "bf16"} | (training_facts(cell) | {"step": step} if step else {})
+    return judged | {"policy weights": weights_hash(policy, "policy"), "dtype": precision_of(cell)} | (training_facts(cell) | {"step": step} if step else {})
 
 def key_of(
     facts:dict,
@@ -286,7 +290,7 @@ def tuned_policy(
 )->VideoPolicy: # with its LoRA
     "The policy after a number of steps: from its checkpoint, or trained up to there."
     config, folder = config_of(cell), run_folder(out, cell)
-    policy = VideoPolicy.from_pretrained(config.policy, dtype=DTYPES[config.mixed_precision])
+    policy = VideoPolicy.from_pretrained(config.policy, dtype=DTYPES[precision_of(cell)])
     checkpoint = folder/"checkpoints"/f"step-{step:06d}"
     if complete(checkpoint): load_lora(policy, checkpoint); return policy
     done = ALGORITHMS[cell.algorithm][0].tune(policy, _judge_of(cell, judges), _data_of(cell), config, folder, True, None, step, progress)
@@ -345,7 +349,7 @@ def run_point(
     if cell.algorithm == "data": evaluation = evaluate_data(cell, held, judges)
     elif cell.algorithm == "judges": evaluation = evaluate_judges(held, judges)
     else:
-        policy = tuned_policy(cell, step, out, judges, progress) if step else VideoPolicy.from_pretrained("menagerie", dtype=DTYPES["bf16"])
+        policy = tuned_policy(cell, step, out, judges, progress) if step else VideoPolicy.from_pretrained("menagerie", dtype=DTYPES[precision_of(cell)])
         start = time.perf_counter()
         evaluation = evaluate_point(policy, held, judges, progress)
     log = [row for row in read_log(run_folder(out, cell)) if row["step"] <= step] if step else []
