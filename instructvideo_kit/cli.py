@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HERE', 'app', 'menagerie', 'Policy', 'Reward', 'Seed', 'Steps', 'ALGORITHMS', 'PARTS', 'mendable', 'one_line',
            'Friendly', 'prepare', 'parse_set', 'slug', 'options', 'demo', 'tune', 'sample', 'evaluate', 'train',
-           'export', 'show', 'doctor', 'main']
+           'export', 'show', 'reproduce', 'doctor', 'main']
 
 # %% ../nbs/95_cli.ipynb #77e2166e
 import os, re, shutil, traceback, warnings
@@ -358,6 +358,23 @@ def show(
     write_atomic(out, buffer.getvalue()); typer.echo(out)
 
 # %% ../nbs/95_cli.ipynb #435a1d02
+@app.command()
+def reproduce(
+    claim: Annotated[str, typer.Argument(help="Id of a claim such as iv-fig5a-draft; iv, ov or in for a paper; or all.")] = "all",
+    preset: Annotated[str, typer.Option(help="menagerie; or modelscope, which prints what to run on a GPU.")] = "menagerie",
+    seeds: Annotated[int, typer.Option(help="Tuning seeds of each run; a verdict takes two.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="Judge the results that are there, and run two small checks: minutes.")] = False,
+    shard: Annotated[str, typer.Option(help="The part of the runs this process takes, such as 1/4.")] = "1/1",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and how long.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of results; what is there already is not run again.")] = Path("reproduction"),
+):
+    "Rebuild tables and figures of the papers and judge their claims; goes on where it was stopped."
+    prepare()
+    from instructvideo_kit.measure.scoreboard import reproduce as run
+    try: run(claim, preset, seeds, quick, shard, dry_run, out, typer.echo)
+    except KeyboardInterrupt: _stop(f"stopped; the same command goes on, finished results are in {out}", 130)
+
+# %% ../nbs/95_cli.ipynb #435a1d03
 @app.command()
 def doctor():
     "Say what this machine has, what it lacks, and what to do."
