@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from instructvideo_kit.tuning import instructvideo, online_dpo
+from instructvideo_kit.tuning import instructvideo, online_dpo, trainer
 from instructvideo_kit.tuning.common import clip_judge
 from instructvideo_kit.tuning.trainer import RunFolder, complete, read_log
 from instructvideo_kit.tuning.watch import held_out_evaluation
@@ -23,6 +23,7 @@ from test_tuning import SMALL, open_policy, redness, some_clips  # noqa: E402
 from tiny import tiny_pipeline  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork a process")
+quick_dump = trainer.dump
 KILLS, PAUSE, FOREVER = 10, .04, 10**6 # kills of each run; seconds in the middle of writing a file; steps
 DRAWN = {k: v for k, v in SMALL.items() if k not in ("tau", "clamp")}
 RUNS = { # dropout draws from a global generator; of online DPO the reference belongs to the state too
@@ -31,9 +32,9 @@ RUNS = { # dropout draws from a global generator; of online DPO the reference be
     "onlinevpo": (online_dpo, online_dpo.OnlineDPOConfig(**{**DRAWN, "n_ddim": 2, "steps": FOREVER, "save_every": 1, "n_candidates": 2, "ref_update_every": 2}))}
 
 
-def slow_save(value, path, save=torch.save):
-    "torch.save with a long moment at which half of the file is there."
-    save(value, path)
+def slow_dump(value, path, dump=trainer.dump):
+    "`dump` with a long moment at which half of the file is there."
+    dump(value, path)
     data = Path(path).read_bytes()
     with open(path, "wb") as f:
         f.write(data[:len(data)//2]); f.flush(); time.sleep(PAUSE)
@@ -64,8 +65,8 @@ def nursery(name, folder, home):
     policy = open_policy(folder)
     data, rng, run, notes = some_clips(policy), random.Random(name), home/"killed", []
     evaluate = held_out_evaluation(["a red dog", "a blue bird"], {"reward": clip_judge(redness), "second": clip_judge(lambda f, p: -redness(f, p))}, 2)
-    def life(path, config=config, save=slow_save, **options):
-        torch.save = save
+    def life(path, config=config, dump=slow_dump, **options):
+        trainer.dump = dump
         module.tune(policy, redness, data, config, path, resume=True, evaluate=evaluate, progress=False, **options)
     module.tune(open_policy(folder), redness, data, config, home/"warm", progress=False, stop_after=1) # imports what is imported late
     start = time.perf_counter()
@@ -84,11 +85,8 @@ def nursery(name, folder, home):
         notes.append({"killed": killed, "rows": len(read_log(run)), "saved": saved, "torn": any(p.suffix == ".tmp" for p in there),
                       "whole": all(complete(p) for p in there if p.suffix != ".tmp")})
     end = replace(config, steps=notes[-1]["rows"] + 3)
-    whole(fork(lambda: life(run, end))); whole(fork(lambda: life(home/"straight", end, torch_save)))
+    whole(fork(lambda: life(run, end))); whole(fork(lambda: life(home/"straight", end, quick_dump)))
     (home/"notes.json").write_text(json.dumps(notes))
-
-
-torch_save = torch.save
 
 
 @pytest.fixture(scope="module", params=RUNS)

@@ -205,6 +205,25 @@ def test_stop_saves_and_the_run_goes_on_exactly(patch_folder, tmp_path):
 
 
 
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_can_go_on(patch_folder, tmp_path):
+    "The system refuses to let files grow beyond half of the optimiser's, from the third step on: that is what a full disk does to a writer."
+    resource = pytest.importorskip("resource", reason="this system has no limit for the size of a file")
+    clips, calls, run = some_clips(open_policy(patch_folder)), [], tmp_path/"run"
+    straight = tune(open_policy(patch_folder), redness, clips, CONFIG, tmp_path/"straight", progress=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    def fills(frames, prompts):
+        calls.append(1)
+        if len(calls) == 3: resource.setrlimit(resource.RLIMIT_FSIZE, ((run/"checkpoints/step-000002/optimizer.pt").stat().st_size//2, hard))
+        return redness(frames, prompts)
+    fills.__name__ = "redness"
+    try:
+        with pytest.raises(KitError, match="step 4 could not be saved .*last good checkpoint: .*step-000002") as error:
+            tune(open_policy(patch_folder), fills, clips, CONFIG, run, progress=False)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value) and [p.name for p in (run/"checkpoints").iterdir()] == ["step-000002"] and trainer.complete(run/"checkpoints/step-000002")
+    assert losses(tune(open_policy(patch_folder), redness, clips, CONFIG, run, resume=True, progress=False)) == losses(straight)
+
+
 @pytest.mark.parametrize("options, says", [(dict(ema_decay=1.), "ema_decay is 1.0"), (dict(ema_decay=-.1), "ema_decay is -0.1"), (dict(sample_every=-1), "sample_every is -1"), (dict(eval_every=-2), "eval_every is -2")])
 def test_values_out_of_range(options, says):
     with pytest.raises(KitError, match=says): TrainerConfig(**options)

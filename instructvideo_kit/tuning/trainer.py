@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'FREE_FIELDS', 'TrainerConfig', 'need', 'need_one_of', 'make_config', 'load_preset', 'example_generator',
-           'clip_order', 'positions_of', 'complete', 'read_log', 'RunFolder', 'last_name', 'random_states',
-           'set_random_states', 'make_accelerator', 'start_tracker', 'memory_mb', 'fingerprint', 'Trainer']
+           'clip_order', 'positions_of', 'complete', 'read_log', 'RunFolder', 'dump', 'last_name', 'random_states',
+           'set_random_states', 'undisturbed', 'make_accelerator', 'start_tracker', 'memory_mb', 'fingerprint',
+           'Trainer']
 
 # %% ../../nbs/tuning/00_trainer.ipynb #6ba1c2c8
 import hashlib, io, json, os, random, shutil, sys, time, warnings
@@ -21,7 +22,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, is_tensorboard_available, is_wandb_available, set_seed
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 
 from .. import __version__
@@ -253,6 +254,14 @@ class RunFolder:
             raise KitError(f"step {step} could not be saved ({error.strerror or error}); last good checkpoint: {last_name(self)}") from error
         return final
 
+def dump(
+    value, # what torch.save takes
+    path, # file
+):
+    "torch.save through memory: a full disk is then an OSError, which torch's own writer does not raise."
+    torch.save(value, buffer := io.BytesIO())
+    Path(path).write_bytes(buffer.getvalue())
+
 def last_name(run): # for messages
     return str(run.checkpoints()[-1]) if run.checkpoints() else "none yet"
 
@@ -268,6 +277,13 @@ def set_random_states(states):
     kind, keys, *rest = states["numpy"]
     random.setstate(states["python"]); np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest)); torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available(): torch.cuda.set_rng_state(states["cuda"])
+
+@contextmanager
+def undisturbed():
+    "Whatever is drawn inside the `with`, the global generators go on as if nothing had been."
+    states = random_states()
+    try: yield
+    finally: set_random_states(states)
 
 # %% ../../nbs/tuning/00_trainer.ipynb #ce56ee23
 def make_accelerator(
@@ -392,9 +408,9 @@ class Trainer:
 
     def _write(self, folder, states):
         self.save_weights(folder)
-        torch.save(self.optimizer.state_dict(), folder/"optimizer.pt"); torch.save(states, folder/"random.pt")
-        if self.accelerator.scaler is not None: torch.save(self.accelerator.scaler.state_dict(), folder/"scaler.pt")
-        if self.average: save_file({f"{i:05d}": mean for i, mean in enumerate(self.average)}, folder/"average.safetensors")
+        dump(self.optimizer.state_dict(), folder/"optimizer.pt"); dump(states, folder/"random.pt")
+        if self.accelerator.scaler is not None: dump(self.accelerator.scaler.state_dict(), folder/"scaler.pt")
+        if self.average: (folder/"average.safetensors").write_bytes(save({f"{i:05d}": mean.cpu() for i, mean in enumerate(self.average)}))
 
     def load(self):
         "Go back to the last whole checkpoint, or to step 0 where there is none; the log is cut there."
@@ -439,7 +455,7 @@ class Trainer:
         row = self.update(micro_step)
         self._report("step", {**row, "seconds": round(time.perf_counter() - start, 3), "memory_mb": round(memory_mb(self.accelerator.device))})
         if stop is None: return None
-        asked = torch.tensor(float(bool(stop())), device=self.accelerator.device)
+        with undisturbed(): asked = torch.tensor(float(bool(stop())), device=self.accelerator.device)
         return self.step if self.accelerator.reduce(asked, "sum") > 0 else None # one process asked: all stop at the same step
 
     def _look(self, evaluate, sample):
@@ -447,11 +463,9 @@ class Trainer:
         due = lambda every: every and (self.step % every == 0 or self.step == self.config.steps)
         judging, drawing = evaluate and due(self.config.eval_every), sample and due(self.config.sample_every)
         if not (judging or drawing): return
-        states = random_states()
-        with self.averaged():
+        with undisturbed(), self.averaged():
             if judging: self._evaluate(evaluate(self.step))
             if drawing and self.is_main: self._draw(sample(self.step))
-        set_random_states(states)
 
     def _draw(self, picture):
         picture.save(buffer := io.BytesIO(), "PNG")
