@@ -39,6 +39,11 @@ const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 const cent = (value) => Math.round(value * 100) / 100;
 const lambda = (value) => `\u03bb = ${Number(value)}`;
 
+const HINTS = {
+  brush: "Press and paint. The keys [ and ] change the size.", mask: "Violet: only there may the video follow your edit. No violet: everywhere.", arrow: "Draw from a thing to where it shall go; the ring is what moves along.",
+  eraser: "Rub out paint; the picture below comes back.", maskEraser: "Rub out the violet of the mask.",
+};
+
 // What shows at this place among the steps: the same fold as in EditSession.
 function marksOf(session) {
   const done = session.steps.slice(0, session.at);
@@ -308,8 +313,7 @@ function render({ model, el }) {
   function refreshStatus() {
     const status = model.get("status");
     generate.classList.toggle("ivk-busy", status.busy);
-    generate.setAttribute("aria-disabled", status.busy);
-    compare.setAttribute("aria-disabled", status.busy);
+    compare.classList.toggle("ivk-busy", status.busy); // both stay live: a press during a run is answered with a sentence
     stop.disabled = !status.busy;
     bar.classList.toggle("ivk-off", !status.busy);
     if (status.steps) Object.assign(bar, { max: status.steps, value: status.step });
@@ -334,9 +338,10 @@ function render({ model, el }) {
     make("button", { type: "button", class: "ivk-link", onclick: () => chooser.click() }, "Open a session"), chooser, make("span", { class: "ivk-note" }, model.get("note")));
 
   // --- all together
+  const hint = make("p", { class: "ivk-hint" });
   const caption = make("span", {}, `Your picture \u00b7 ${width} \u00d7 ${height}`);
   const root = make("div", { class: "ivk", "data-lm-suppress-shortcuts": "true" }, toolbar,
-    make("div", { class: "ivk-pair" }, make("figure", {}, make("figcaption", {}, caption), holder), make("figure", {}, make("figcaption", {}, resultCaption), result, player)), form, actions, notice, strip, files);
+    make("div", { class: "ivk-pair" }, make("figure", {}, make("figcaption", {}, caption), holder, hint), make("figure", {}, make("figcaption", {}, resultCaption), result, player)), form, actions, notice, strip, files);
   root.addEventListener("keydown", (event) => {
     const key = event.key.toLowerCase(), typing = event.target.matches("input[type=text], input[type=number]");
     if ((event.ctrlKey || event.metaKey) && !typing && (key === "z" || key === "y")) { send({ kind: key === "y" || event.shiftKey ? "redo" : "undo" }); event.preventDefault(); }
@@ -359,6 +364,7 @@ function render({ model, el }) {
     undo.disabled = session.at === 0;
     redo.disabled = session.at === session.steps.length;
     clear.disabled = !marksOf(session).length;
+    hint.textContent = HINTS[!tool.erasing ? tool.name : tool.name === "mask" ? "maskEraser" : "eraser"];
     stage.dataset.tool = tool.name;
     stage.dataset.marks = marksOf(session).length; // for whoever looks at the page from outside
     refreshStage();

@@ -1,0 +1,109 @@
+"""JupyterLab in a real Chromium, for tests that drive a page with the mouse. Pictures of the page are kept in runs/browser/.
+
+KIT_BROWSER_PATIENCE: seconds to wait for one thing (default 240; two busy cores are slow). KIT_BROWSER_SKIP=1: skip these tests."""
+import contextlib, importlib.util, json, os, secrets, shutil, socket, subprocess, sys, time, urllib.request
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = ROOT/"runs/browser"
+PATIENCE = float(os.environ.get("KIT_BROWSER_PATIENCE", 240))
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
+SETTINGS = {"apputils-extension/notification": dict(checkForUpdates=False, fetchNews="false", doNotDisturbMode=True),
+            "notebook-extension/tracker": dict(windowingMode="none")} # every cell is on the page, so that its pictures can be looked at
+
+def missing():
+    "Why there can be no browser test here, or None."
+    if os.environ.get("KIT_BROWSER_SKIP") == "1": return "KIT_BROWSER_SKIP=1"
+    if not shutil.which("chromium"): return "no chromium: apt-get install -y --no-install-recommends chromium"
+    for name, what in (("playwright", "pip install -e '.[browser]'"), ("jupyterlab", "pip install -e '.[dev]'")):
+        if importlib.util.find_spec(name) is None: return f"no {name}: {what}"
+
+def until(ready, what, patience=None):
+    "Wait until ready() is true and return what it says; the test fails with `what` otherwise."
+    end = time.monotonic() + (patience or PATIENCE)
+    while not (found := ready()):
+        if time.monotonic() > end: pytest.fail(f"waited {patience or PATIENCE:.0f} s for {what}")
+        time.sleep(0.2)
+    return found
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server: return server.getsockname()[1]
+
+def answers(url):
+    try: return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError: return False
+
+@contextlib.contextmanager
+def server(command, url, env, log):
+    "A server in a process of its own, once it answers at `url`; its log is shown when it does not."
+    with open(log, "wb") as out: process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        until(lambda: process.poll() is not None or answers(url), f"{command[2]} to start")
+        if process.poll() is not None: pytest.fail(f"{command[2]} ended:\n{Path(log).read_text()[-2000:]}")
+        yield
+    finally:
+        process.terminate()
+        try: process.wait(30)
+        except subprocess.TimeoutExpired: process.kill()
+
+@contextlib.contextmanager
+def jupyter_lab(folder, home):
+    "A JupyterLab that sees `folder` and keeps all of its own files in `home`; gives a function from a notebook's name to its address."
+    for name, values in SETTINGS.items():
+        path = home/f"settings/@jupyterlab/{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    own = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="runtime", IPYTHONDIR="ipython", JUPYTERLAB_SETTINGS_DIR="settings", JUPYTERLAB_WORKSPACES_DIR="workspaces")
+    port, token = free_port(), secrets.token_hex(8)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}",
+               f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True", *(["--allow-root"] if hasattr(os, "getuid") and os.getuid() == 0 else [])]
+    env = {**os.environ, **{name: str(home/sub) for name, sub in own.items()}}
+    with server(command, f"http://127.0.0.1:{port}/api/status?token={token}", env, home/"lab.log"): yield lambda name: f"http://127.0.0.1:{port}/lab/tree/{name}?reset&token={token}"
+
+@contextlib.contextmanager
+def chromium(width=1280, height=1100, **context):
+    "A page of a headless Chromium that reaches this machine only; `page.refused` lists what it asked elsewhere."
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS, timeout=1000*PATIENCE)
+        try:
+            page = browser.new_page(viewport=dict(width=width, height=height), **context)
+            page.set_default_timeout(1000*PATIENCE)
+            page.refused, page.problems = [], []
+            def gate(route):
+                if route.request.url.startswith(("http://127.0.0.1", "data:", "blob:")): return route.continue_()
+                page.refused.append(route.request.url)
+                route.abort()
+            page.route(lambda url: not url.startswith("http://127.0.0.1"), gate)
+            page.on("pageerror", lambda error: page.problems.append(str(error)))
+            yield page
+        finally: browser.close()
+
+@pytest.fixture(scope="module")
+def page():
+    "One browser for the tests of a file."
+    if reason := missing(): pytest.skip(reason)
+    with chromium() as page: yield page
+
+def picture(page, name):
+    "Keep a picture of the page, or of one element of it."
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    return page.screenshot(path=PICTURES/f"{name}.png")
+
+READY = """() => { const panel = window.jupyterapp?.shell.currentWidget; return Boolean(panel?.content?.model && panel.sessionContext?.session?.kernel?.connectionStatus === 'connected'
+    && ['idle', 'unknown'].includes(panel.sessionContext.session.kernel.status)) }"""
+RUN_ALL = """() => { window.kitRun = null; window.jupyterapp.commands.execute('notebook:run-all-cells').then(ok => window.kitRun = {ok}, error => window.kitRun = {ok: false, error: String(error)}) }"""
+ERRORS = """() => { const found = []; for (const cell of window.jupyterapp.shell.currentWidget.content.widgets) { const outputs = cell.model.outputs; if (!outputs) continue;
+    for (let i = 0; i < outputs.length; i++) { const o = outputs.get(i).toJSON(); if (o.output_type === 'error') found.push(o.ename + ': ' + o.evalue) } } return found }"""
+
+def open_notebook(page, url):
+    "Open a notebook and wait for its kernel."
+    page.goto(url, wait_until="domcontentloaded")
+    until(lambda: page.evaluate(READY), "the notebook and its kernel")
+
+def run_all(page, patience=None):
+    "Run all cells; the test fails when one of them is red."
+    page.evaluate(RUN_ALL)
+    until(lambda: page.evaluate("() => window.kitRun"), "Run All to end", patience)
+    assert page.evaluate(ERRORS) == []
