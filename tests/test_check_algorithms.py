@@ -17,6 +17,9 @@ RIGHT = {
     "best_and_worst": [lambda s: torch.stack([s.topk(1, 1).indices[:, 0], (-s).topk(1, 1).indices[:, 0]], 1), lambda s: s.argsort(1)[:, [-1, 0]]],
     "dpo_loss": [dpo_by_hand, lambda w, l, rw, rl, b: F.softplus(b/2*((w - rw) - (l - rl))).mean()],
     "drawing_share": [lambda n, d, c: 1/(1 + 6/(n*d*c))],
+    "blend": [lambda e, x, lam: torch.lerp(x, e, lam)],
+    "masked_lam": [lambda lam, m: torch.lerp(torch.ones_like(m), torch.full_like(m, lam), m)],
+    "drag_path": [lambda a, b, n: torch.stack([torch.linspace(x, y, n) for x, y in zip(a, b)], 1)],
     "offset_noise": [lambda e, f, s: torch.add(e, f, alpha=s)],
     "lora_size": [lambda layers, r: sum(torch.zeros(r, i).numel() + torch.zeros(o, r).numel() for i, o in layers)],
 }
@@ -32,11 +35,14 @@ WRONG = { # as a learner would write it, and words of the verdict
     "dpo_loss": [(lambda w, l, rw, rl, b: -F.logsigmoid(-b/2*(w - l)).mean(), "reference is missing"), (lambda w, l, rw, rl, b: F.softplus(-b/2*((w - rw) - (l - rl))).mean(), "sign"),
                  (lambda w, l, rw, rl, b: F.softplus(b*((w - rw) - (l - rl))).mean(), "beta / 2")],
     "drawing_share": [(lambda n, d, c: n*d/(n*d + 6), "times c"), (lambda n, d, c: 1 - n*d*c/(n*d*c + 6), "learning"), (lambda n, d, c: .5, "expected")],
+    "blend": [(lambda e, x, lam: lam*x + (1 - lam)*e, "swapped"), (lambda e, x, lam: e + lam*x, "on top"), (lambda e, x, lam: e, "expected")],
+    "masked_lam": [(lambda lam, m: lam*m, "everywhere else"), (lambda lam, m: lam + (1 - lam)*m, "swapped"), (lambda lam, m: torch.where(m >= .5, lam, 1.), "soft edge")],
+    "drag_path": [(lambda a, b, n: [[a[k] + i/n*(b[k] - a[k]) for k in (0, 1)] for i in range(n)], "n - 1"), (lambda a, b, n: [[i/(n - 1)*(b[k] - a[k]) for k in (0, 1)] for i in range(n)], "add the start")],
     "offset_noise": [(lambda e, f, s: e + f, "share does nothing"), (lambda e, f, s: e*(1 - s) + f*s, "does not mix")],
     "lora_size": [(lambda layers, r: sum(i*o for i, o in layers)*1, "frozen"), (lambda layers, r: sum(2*r*i for i, o in layers), "square")],
 }
 TABLES = dict(reward_loss=check.REWARD_LOSS, step_cost=check.STEP_COST, lora_layer=check.LORA, clear_changes=check.CLEAR, guess=check.GUESS, rwr_weights=check.RWR_WEIGHTS, ppo_loss=check.PPO,
-              best_and_worst=check.PAIRS, dpo_loss=check.DPO, drawing_share=check.DRAWING, offset_noise=check.OFFSET, lora_size=check.LORA_SIZE)
+              best_and_worst=check.PAIRS, dpo_loss=check.DPO, drawing_share=check.DRAWING, offset_noise=check.OFFSET, blend=check.BLEND, masked_lam=check.MASKED, drag_path=check.PATH, lora_size=check.LORA_SIZE)
 
 def pairs(table): return [pytest.param(name, x, id=f"{name}-{i}") for name, xs in table.items() for i, x in enumerate(xs)]
 
