@@ -68,11 +68,12 @@ def tutorials():
     return nav
 
 
-def readme():
-    "The README, its pictures beside it and its links to files of the repository as plain text."
-    text = (ROOT/"README.md").read_text(encoding="utf-8")
-    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
-        if (ROOT/picture).is_file(): (PAGES/picture).parent.mkdir(parents=True, exist_ok=True); shutil.copy(ROOT/picture, PAGES/picture)
+def page_of(name):
+    "A page of the repository: its pictures are put beside it, its links to files become plain text."
+    text, folder = (ROOT/name).read_text(encoding="utf-8"), (ROOT/name).parent
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)|src=\"([^\"]+)\"", text):
+        picture = "".join(picture)
+        if (folder/picture).is_file(): (PAGES/picture).parent.mkdir(parents=True, exist_ok=True); shutil.copy(folder/picture, PAGES/picture)
     return re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)[^)]+\)", r"\1", text)
 
 
@@ -80,9 +81,9 @@ def pages():
     "Write all pages; the navigation."
     shutil.rmtree(PAGES, ignore_errors=True)
     teach = [{p.stem.replace("_", " "): write(f"instructor/{p.name}", p.read_text(encoding="utf-8"))} for p in sorted((ROOT/"tutorials/instructor").glob("*.md")) if p.stem != "README"]
-    nav = [{"Home": write("index.md", readme())}, {"Tutorials": tutorials()}, {"Symbols": write("symbols.md", (ROOT/"docs/symbols.md").read_text(encoding="utf-8"))}, {"API": api()}, {"Teaching": teach}]
-    boards = [p for p in (ROOT/"reproduction/README.md", ROOT/"reproduction/SCOREBOARD.md", ROOT/"SCOREBOARD.md") if p.is_file()]
-    return nav + [{"Scoreboard": write("scoreboard.md", boards[0].read_text(encoding="utf-8"))}] if boards else nav
+    nav = [{"Home": write("index.md", page_of("README.md"))}, {"Tutorials": tutorials()}, {"Symbols": write("symbols.md", (ROOT/"docs/symbols.md").read_text(encoding="utf-8"))}, {"API": api()}, {"Teaching": teach}]
+    board = "reproduction/README.md"
+    return nav + [{"Scoreboard": write("scoreboard.md", page_of(board))}] if (ROOT/board).is_file() else nav
 
 
 def main():

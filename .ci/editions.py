@@ -1,4 +1,5 @@
 """Two editions of each tutorial: tutorials/NN_*.ipynb (the master) -> tutorials/student (no solutions) and tutorials/solved (no marks).
+Also the table of the tutorials in the README and in the syllabus, from their cards.
 
 python .ci/editions.py [PREFIX ...]          write them, and nbgrader's cell metadata into the masters
 python .ci/editions.py --check [PREFIX ...]  say what is out of step, and exit 1 if anything is
@@ -17,6 +18,11 @@ if "google.colab" in sys.modules: # this release of the kit, beside Colab's own 
     %cd -q kit/tutorials/{edition}
 """
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{repo}/blob/{tag}/tutorials/{edition}/{name})"
+
+
+MINUTES = re.compile(r"\| minutes \| (\d+) to read, ([\d.]+) to run, (\d+) with the exercises \|")
+TABLE = re.compile(r"(<!-- tutorials -->\n).*?(<!-- /tutorials -->)", re.S)
+TABLES = ("README.md", "tutorials/instructor/syllabus.md") # where a table of the tutorials stands between two marks
 
 
 class Odd(ValueError): "A master that does not keep the conventions."
@@ -134,6 +140,21 @@ def files_of(path):
     return {path: dump(with_metadata(nb)), **editions}
 
 
+def tutorial_row(path):
+    "A line of the table: name, subtitle, minutes to read, run and do."
+    first, card = (source(c) for c in json.loads(path.read_text(encoding="utf-8"))["cells"][:2])
+    title, about = (line.lstrip("#> ").strip() for line in first.splitlines()[:2])
+    if not (found := MINUTES.search(card)): raise Odd(f"{path.name}: no line with the minutes on its card")
+    return f"| {path.name[:2]} | {title} | {about} | {found[1]} | {found[2]} | {found[3]} |\n"
+
+
+def tables(root=ROOT):
+    "Pages with a table of the tutorials: path -> text."
+    rows = "".join(tutorial_row(p) for p in masters(root=root))
+    table = f"| | tutorial | about | read | run | do |\n|---|---|---|---|---|---|\n{rows}"
+    return {root/name: TABLE.sub(lambda m: m[1] + table + m[2], (root/name).read_text(encoding="utf-8")) for name in TABLES if (root/name).is_file()}
+
+
 def strays(root=ROOT):
     "Editions without a master."
     return [p for e in ("student", "solved") for p in sorted((root/"tutorials"/e).glob("*.ipynb")) if not (root/"tutorials"/p.name).exists()]
@@ -144,14 +165,14 @@ def stale(wanted): return [p for p, text in wanted.items() if not p.exists() or 
 
 def main(arguments):
     check, prefixes = "--check" in arguments, [a for a in arguments if a != "--check"]
-    try: wanted = {p: t for m in masters(prefixes) for p, t in files_of(m).items()}
+    try: wanted = {p: t for m in masters(prefixes) for p, t in files_of(m).items()} | ({} if prefixes else tables())
     except Odd as error: sys.exit(f"editions: {error}")
     changed, lost = stale(wanted), [] if prefixes else strays()
     for p in [] if check else changed: p.parent.mkdir(exist_ok=True); p.write_text(wanted[p], encoding="utf-8")
     for p in changed: print(f"  {p.relative_to(ROOT)} {'is out of step' if check else 'written'}")
     for p in lost: print(f"  {p.relative_to(ROOT)} has no master")
     if check and (changed or lost): sys.exit("editions: run `make editions` and commit")
-    if not changed: print(f"  {len(wanted) // 3} tutorials, both editions in step")
+    if not changed: print(f"  {len(masters(prefixes))} tutorials, both editions in step")
 
 
 if __name__ == "__main__": main(sys.argv[1:])

@@ -110,6 +110,16 @@ def text_of(path, kind=None): return "\n".join(editions.source(c) for c in cells
 @every_master
 def test_editions_are_in_step(path): assert editions.stale(editions.files_of(path)) == [], "run `make editions`"
 
+def test_tables_are_in_step(): assert editions.stale(editions.tables()) == [], "run `make editions`"
+
+def test_a_table_has_a_row_for_each_tutorial(root):
+    nb = small()
+    nb["cells"].insert(1, cell("| minutes | 20 to read, 1.5 to run, 30 with the exercises |", "markdown"))
+    (root/"tutorials/01_small.ipynb").write_text(json.dumps(nb))
+    (root/"README.md").write_text("before\n<!-- tutorials -->\nold\n<!-- /tutorials -->\nafter")
+    text = editions.tables(root)[root/"README.md"]
+    assert "| 01 | Title | subtitle | 20 | 1.5 | 30 |\n<!-- /tutorials -->\nafter" in text and "old" not in text
+
 def test_no_edition_is_left_over(): assert editions.strays() == []
 
 @every_master
