@@ -1,7 +1,8 @@
 """The documentation site: `make docs` -> build/site/index.html.
 
 Pages are gathered in build/pages: the README, the symbol table, the tutorials with their outputs, a page per module (what a function takes is written
-in comments beside its parameters, so the page shows the head of each function as it stands), the pages for teachers, and the scoreboard if there is one.
+in comments beside its parameters, so the page shows the head of each function as it stands), the pages for teachers, and the scoreboard.
+Formulas are set by MathJax, which the reader's browser fetches; without a network they stay as they are written.
 """
 import ast, json, re, shutil, subprocess, sys
 from pathlib import Path
