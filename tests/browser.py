@@ -1,7 +1,7 @@
 """JupyterLab in a real Chromium, for tests that drive a page with the mouse. Pictures of the page are kept in runs/browser/.
 
 KIT_BROWSER_PATIENCE: seconds to wait for one thing (default 240; two busy cores are slow). KIT_BROWSER_SKIP=1: skip these tests."""
-import contextlib, importlib.util, json, os, secrets, shutil, socket, subprocess, sys, time, urllib.request
+import contextlib, importlib.util, json, os, secrets, shutil, socket, subprocess, sys, time, urllib.error, urllib.request
 from pathlib import Path
 import pytest
 
@@ -31,7 +31,9 @@ def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server: return server.getsockname()[1]
 
 def answers(url):
-    try: return urllib.request.urlopen(url, timeout=5).status == 200
+    "Somebody is there, whatever he says."
+    try: return bool(urllib.request.urlopen(url, timeout=5))
+    except urllib.error.HTTPError: return True
     except OSError: return False
 
 @contextlib.contextmanager
@@ -62,6 +64,13 @@ def jupyter_lab(folder, home):
     with server(command, f"http://127.0.0.1:{port}/api/status?token={token}", env, home/"lab.log"): yield lambda name: f"http://127.0.0.1:{port}/lab/tree/{name}?reset&token={token}"
 
 @contextlib.contextmanager
+def voila(folder, name, home):
+    "One notebook as a web page without code; gives its address."
+    url, env = f"http://127.0.0.1:{(port := free_port())}/", {**os.environ, "JUPYTER_RUNTIME_DIR": str(home/"runtime"), "IPYTHONDIR": str(home/"ipython")}
+    command = [sys.executable, "-m", "voila", str(folder/name), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1", "--show_tracebacks=True"]
+    with server(command, f"{url}api/status", env, home/"voila.log"): yield url
+
+@contextlib.contextmanager
 def chromium(width=1280, height=1100, **context):
     "A page of a headless Chromium that reaches this machine only; `page.refused` lists what it asked elsewhere."
     from playwright.sync_api import sync_playwright
@@ -86,10 +95,10 @@ def page():
     if reason := missing(): pytest.skip(reason)
     with chromium() as page: yield page
 
-def picture(page, name):
-    "Keep a picture of the page, or of one element of it."
+def picture(shown, name):
+    "Keep a picture of a page, or of one element of it."
     PICTURES.mkdir(parents=True, exist_ok=True)
-    return page.screenshot(path=PICTURES/f"{name}.png")
+    return shown.screenshot(path=PICTURES/f"{name}.png")
 
 READY = """() => { const panel = window.jupyterapp?.shell.currentWidget; return Boolean(panel?.content?.model && panel.sessionContext?.session?.kernel?.connectionStatus === 'connected'
     && ['idle', 'unknown'].includes(panel.sessionContext.session.kernel.status)) }"""

@@ -1,9 +1,9 @@
 """The canvas in JupyterLab: paint, drag, undo, redo, generate, compare, stop, save, reload and go on, with mouse, keyboard and touch.
 
 KIT_BROWSER_PIPELINE=menagerie-i2v makes the videos with that policy instead of a stand-in that slides the picture."""
-import json, os
+import importlib.util, json, os
 import nbformat, pytest
-from browser import PATIENCE, chromium, jupyter_lab, missing, open_notebook, page, picture, run_all, until
+from browser import jupyter_lab, missing, open_notebook, page, picture, run_all, until, voila
 
 if reason := missing(): pytest.skip(reason, allow_module_level=True)
 POLICY = os.environ.get("KIT_BROWSER_PIPELINE")
@@ -100,21 +100,21 @@ def test_paint_drag_undo_redo_generate_save_reload_replay(fresh, folder, lab):
     until(lambda: "left" in message(page) or POLICY, "progress")
     ui(page).get_by_role("button", name="Generate").click()
     until(lambda: "being made" in notice(page) or POLICY, "the refusal of the second press")
-    picture(page, "canvas_running")
+    picture(ui(page), "canvas_running")
     (folder/"go").touch()
     until(lambda: message(page).startswith("done"), "the video")
     screen = page.locator(".ivk-screen").first
     until(lambda: screen.get_attribute("data-frame"), "the video's first frame")
     frame = screen.get_attribute("data-frame")
     until(lambda: screen.get_attribute("data-frame") != frame, "the video to play", 20)
-    picture(page, "canvas_video")
+    picture(ui(page), "canvas_video")
     assert on_disk(folder)["content"] == "a fox in the meadow"
     ui(page).get_by_role("button", name="Compare").click()
     until(lambda: page.locator(".ivk-strip .ivk-screen").count() == 5, "the comparison")
     ui(page).get_by_role("button", name="Pause").click()
     ui(page).get_by_label("Frame").fill("6")
     until(lambda: {each.get_attribute("data-frame") for each in page.locator(".ivk-screen").all()} == {"6"}, "all clips at frame 6")
-    picture(page, "canvas_compared")
+    picture(ui(page), "canvas_compared")
     before = on_disk(folder)
     page.reload(wait_until="domcontentloaded")
     open_notebook(page, lab("canvas.ipynb"))
@@ -124,7 +124,7 @@ def test_paint_drag_undo_redo_generate_save_reload_replay(fresh, folder, lab):
     assert on_disk(folder) == before and arrows(page) == 1 and ink(page, 25, 5) == [255, 210, 63, 255]
     assert ui(page).get_by_label("Motion").input_value() == "the fox runs to the right"
     page.locator(".ivk-stage").scroll_into_view_if_needed()
-    picture(page, "canvas_reloaded")
+    picture(ui(page), "canvas_reloaded")
 
 @pytest.mark.skipif(bool(POLICY), reason="a model does not wait for the test")
 def test_stop_ends_the_run(fresh, folder):
@@ -193,3 +193,17 @@ def test_touch_paints(fresh, folder):
 
 def test_page_asked_nobody(canvas):
     assert [url for url in canvas.refused if "jupyter" not in url] == [] and canvas.problems == []
+
+@pytest.mark.skipif(importlib.util.find_spec("voila") is None, reason="no voila: pip install -e '.[voila]'")
+def test_voila_page(page, folder, tmp_path):
+    "The same notebook as a web page: paint, generate, see the video."
+    (folder/"session.json").unlink(missing_ok=True); (folder/"go").touch()
+    with voila(folder, "canvas.ipynb", tmp_path) as url:
+        page.goto(url, wait_until="domcontentloaded")
+        page.locator(".ivk-stage").wait_for()
+        pull(page, (21, 5), (26, 4)); last(folder, "stroke")
+        ui(page).get_by_role("button", name="Generate").click()
+        until(lambda: message(page).startswith("done"), "the video")
+        until(lambda: page.locator(".ivk-screen").first.get_attribute("data-frame"), "the video's first frame")
+        picture(page, "canvas_voila")
+        page.goto("about:blank") # the kernel of the page ends

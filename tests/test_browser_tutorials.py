@@ -3,7 +3,7 @@
 KIT_BROWSER_TUTORIALS="01_start_here 11_interactive" chooses others than the list below; each takes a minute or more."""
 import os, shutil
 import pytest
-from browser import ROOT, chromium, jupyter_lab, missing, open_notebook, page, picture, run_all, until
+from browser import ROOT, jupyter_lab, missing, open_notebook, page, picture, run_all, until
 
 if reason := missing(): pytest.skip(reason, allow_module_level=True)
 TUTORIALS = os.environ.get("KIT_BROWSER_TUTORIALS", "01_start_here").split() # add a name here: tutorials/<name>.ipynb
