@@ -1,16 +1,19 @@
-"Two processes are one: the same gradient, disjoint data, and a lost process that torchrun starts again. Gloo on the loopback, no GPU."
+"Two processes are one: the same gradient, disjoint data, split weights, and a run that loses a process and goes on. Gloo on the loopback, no GPU."
 import os
 import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from instructvideo_kit.tuning import rwr
+from instructvideo_kit.files import KitError, shipped
+from instructvideo_kit.tuning import rwr, start
 from instructvideo_kit.tuning.instructvideo import InstructVideo, InstructVideoConfig, tune
 from instructvideo_kit.tuning.trainer import RunFolder, read_log
 
@@ -20,6 +23,7 @@ from test_tuning import SMALL, open_policy, redness, some_clips  # noqa: E402
 from tiny import tiny_pipeline  # noqa: E402
 
 CONFIG = InstructVideoConfig(**{**SMALL, "batch": 8, "guidance_scale": 3., "augment_shift": 1, "augment_noise": .1, "offset_noise": .1, "save_every": 1})
+SPLIT = replace(CONFIG, steps=2, merge_lora=False, checkpoint_blocks=True)
 DRAWN = rwr.RWRConfig(n_ddim=2, guidance_scale=1., batch=8, rank=2, lr=1e-2, steps=2, save_every=2, n_samples=8, epochs=2, inverse_temperature=5.)
 
 
@@ -34,60 +38,94 @@ def record(tune, Algorithm, data, config, folder, run, reward=redness, **options
     return {"seen": seen, "gradients": gradients}
 
 
+def split_and_count(policy, accelerator, out, split=start.split_frozen):
+    "split_frozen, and a note of the share of weights that is left in this process."
+    before = sum(p.numel() for p in policy.network.parameters())
+    split(policy, accelerator)
+    kept = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in policy.network.parameters())
+    (out/f"kept-{accelerator.process_index}.txt").write_text(f"{kept/before}")
+
+
 def worker(folder, out):
-    "What each of the two processes does. In the first life of rank 1 its third step is its last."
+    "What each of the two processes does. Rank 1 does not survive the third step of the last run."
     torch.set_num_threads(1)
-    rank, life = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    clips = some_clips(open_policy(folder))
-    if life == 0: torch.save(record(rwr.tune, rwr.RWR, [p for _, p in clips], DRAWN, folder, out/"rwr"), out/f"rwr-{rank}.pt")
+    rank, clips = int(os.environ["RANK"]), some_clips(open_policy(folder))
+    def keep(name, *args): torch.save(record(*args, folder, out/name), out/f"{name}-{rank}.pt")
+    keep("rwr", rwr.tune, rwr.RWR, [p for _, p in clips], DRAWN)
+    keep("run", tune, InstructVideo, clips, CONFIG)
+    start.wants_split, start.split_frozen = lambda accelerator: True, partial(split_and_count, out=out)
+    keep("split", tune, InstructVideo, clips, SPLIT)
+    start.wants_split = lambda accelerator: False
     def judge(frames, prompts):
-        if (rank, life) == (1, 0) and len(read_log(out/"run")) == 2: os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1 and len(read_log(out/"lost")) == 2: os.kill(os.getpid(), signal.SIGKILL)
         return redness(frames, prompts)
     judge.__name__ = "redness" # a run goes on with the judge it began with
-    torch.save(record(tune, InstructVideo, clips, CONFIG, folder, out/"run", judge, resume=True), out/f"run-{rank}.pt")
+    record(tune, InstructVideo, clips, CONFIG, folder, out/"lost", judge)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    "One launch of two processes, with one restart allowed."
+    "One launch of two processes, of which one is lost in the end."
     home = tmp_path_factory.mktemp("two")
     folder = tiny_pipeline(home/"policy", prediction_type="v_prediction", vae="patch")
     with socket.create_server(("127.0.0.1", 0)) as s: port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1", "--master_addr", "127.0.0.1",
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
                "--master_port", str(port), str(HERE/"test_distributed.py"), str(folder), str(home)]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 1 and "SIGKILL" in done.stderr and (home/"split-1.pt").exists(), done.stderr[-3000:]
     return folder, home
 
 
-def close(parts, whole, bound=1e-5):
-    "Relative difference of the gradients of the first step, printed (pytest -rP)."
+def relative(parts, whole):
+    "Difference of the processes' gradient, which must be one, from the whole batch's; printed (pytest -rP)."
+    assert whole.norm() > 0 and all(torch.equal(p, parts[0]) for p in parts)
     difference = ((parts[0] - whole).norm()/whole.norm()).item()
     print(f"relative difference: {difference:.1e}")
-    return whole.norm() > 0 and all(torch.equal(p, parts[0]) for p in parts) and difference < bound
+    return difference
 
 
-@pytest.mark.parametrize("name", ["run", "rwr"])
+@pytest.mark.parametrize("name", ["run", "rwr", "split"])
 def test_two_processes_of_4_clips_give_the_gradient_of_8(two, tmp_path, name):
     folder, home = two
     clips = some_clips(open_policy(folder))
-    args = (rwr.tune, rwr.RWR, [p for _, p in clips], DRAWN) if name == "rwr" else (tune, InstructVideo, clips, CONFIG)
+    args = (rwr.tune, rwr.RWR, [p for _, p in clips], DRAWN) if name == "rwr" else (tune, InstructVideo, clips, {"run": CONFIG, "split": SPLIT}[name])
     alone, ranks = record(*args, folder, tmp_path/"alone"), [torch.load(home/f"{name}-{r}.pt", weights_only=True) for r in (0, 1)]
-    last = [r["gradients"][-1] for r in ranks]
-    assert close(last, alone["gradients"][-1]) # of the last step: everything before it has gone into the weights
-    first = len(alone["gradients"]) - len(ranks[0]["gradients"]) # a restarted run goes on at its last checkpoint
-    assert close([r["gradients"][0] for r in ranks], alone["gradients"][first])
-    assert not set(ranks[0]["seen"]) & set(ranks[1]["seen"]) and sorted(ranks[0]["seen"] + ranks[1]["seen"]) == alone["seen"][8*first:]
+    for step in (0, -1): # before the last one everything has gone into the weights once
+        assert relative([r["gradients"][step] for r in ranks], alone["gradients"][step]) < 1e-5
+    assert not set(ranks[0]["seen"]) & set(ranks[1]["seen"]) and sorted(ranks[0]["seen"] + ranks[1]["seen"]) == alone["seen"]
     a, b = ([r["loss"] for r in read_log(path)] for path in (home/name, tmp_path/"alone"))
     assert a == pytest.approx(b, rel=1e-4) and len(a) == args[3].steps
 
 
-def test_a_lost_process_costs_what_came_after_the_last_checkpoint(two):
+def test_a_run_that_lost_a_process_goes_on_with_one(two):
+    "It costs what came after the last checkpoint, and the numbers are those of the run that lost nobody."
+    folder, home = two
+    assert [p.name for p in RunFolder(home/"lost").checkpoints()] == ["step-000001", "step-000002"] and len(read_log(home/"lost")) == 2
+    rest = record(tune, InstructVideo, some_clips(open_policy(folder)), CONFIG, folder, home/"lost", resume=True)
+    assert rest["seen"] == list(range(2*8, 4*8)) # from step 3, the one it was lost in
+    assert [r["loss"] for r in read_log(home/"lost")] == pytest.approx([r["loss"] for r in read_log(home/"run")], rel=1e-4)
+
+
+def test_each_process_keeps_half_of_the_frozen_weights(two):
     _, home = two
-    again = torch.load(home/"run-1.pt", weights_only=True)
-    assert again["seen"][0] == 2*8 + 4 # the second life of rank 1 began with step 3, the one it died in
-    assert [r["step"] for r in read_log(home/"run")] == [1, 2, 3, 4] and len(RunFolder(home/"run").checkpoints()) == 4
+    assert all(.5 <= float((home/f"kept-{r}.txt").read_text()) < .55 for r in (0, 1)) # and all of the LoRA
+
+
+def test_what_split_weights_cannot_do_is_said_before_a_folder_is_made(tmp_path, monkeypatch, two):
+    monkeypatch.setattr(start, "wants_split", lambda accelerator: True)
+    policy = open_policy(two[0])
+    for options, says in ((dict(merge_lora=True), "merge_lora=false"), (dict(merge_lora=False, compile=True), "compile is on")):
+        with pytest.raises(KitError, match=says): tune(policy, redness, some_clips(policy), replace(CONFIG, **options), tmp_path/"no", progress=False)
+    assert not (tmp_path/"no").exists()
+
+
+@pytest.mark.parametrize("name, kind", [("ddp_4xa100", "MULTI_GPU"), ("fsdp_4xa100", "FSDP")])
+def test_accelerate_reads_the_shipped_files_and_they_are_no_presets(name, kind):
+    from accelerate.commands.config.config_args import load_config_from_file
+    presets = shipped("preset")
+    config = load_config_from_file(str(presets["instructvideo"].parent/"accelerate"/f"{name}.yaml"))
+    assert config.distributed_type == kind and config.num_processes == 4 and name not in presets and "accelerate" not in presets
 
 
 if __name__ == "__main__": worker(*map(Path, sys.argv[1:]))

@@ -19,7 +19,7 @@ def units(
     network, # a UNet or a transformer of diffusers
 )->list: # of modules, none inside another
     "The parts that are recomputed: blocks of a transformer, residual and attention layers of a UNet."
-    return [m for m in network.modules() if type(m).__name__ in UNITS]
+    return [m for m in network.modules() if any(c.__name__ in UNITS for c in type(m).__mro__)] # FSDP puts a class of its own in front
 
 @contextmanager
 def recomputed(

@@ -29,7 +29,7 @@ from .trainer import TrainerConfig, clip_order, example_generator, need, need_on
 class InstructVideoConfig(TrainerConfig):
     "Everything InstructVideo can be told; KitError for a value out of range."
     n_ddim: int = 20 # D; section 3.3: "20-step DDIM inference"
-    tau: float = 0.6 # noise level; Fig. 5b and released code
+    tau: float = 0.6 # noise level; section 4.2: "we finalize on tau = 0.6"; released code
     grad_steps: int = 1 # K; section 3.3: "only back-propagate the last DDIM sampling step"
     n_segments: int = 4 # S; section 3.3: "S = 4 segments"
     frames: str = "random" # in each segment: "random" (section 3.2.2), "first" (its evaluation), "middle"

@@ -21,7 +21,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object, is_tensorboard_available, is_wandb_available, set_seed
+from accelerate.utils import DistributedType, gather_object, is_tensorboard_available, is_wandb_available, set_seed
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 
@@ -346,7 +346,8 @@ class Trainer:
         self.save_weights, self.load_weights = save_weights, load_weights
         self.accelerator = accelerator or make_accelerator(config, self.parameters[0].device)
         adam = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
-        self.optimizer, self.step, self.bar = self.accelerator.prepare(adam), 0, None
+        split = self.accelerator.distributed_type == DistributedType.FSDP # accelerate would ask for the model too, of which we train nothing but the LoRA
+        self.optimizer, self.step, self.bar = adam if split else self.accelerator.prepare(adam), 0, None
         self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay else []
         set_seed(config.seed, device_specific=True)
 
