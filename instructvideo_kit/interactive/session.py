@@ -22,7 +22,7 @@ def upright(
     image, # PIL image
 )->Image.Image: # RGB
     "The picture as a person sees it: EXIF turn applied, transparency laid on white, grey made RGB; KitError for more than 8 bits a colour."
-    if not isinstance(image, Image.Image): raise KitError(f"a picture is a PIL image; got {type(image).__name__}: open the file with PIL.Image.open")
+    if not isinstance(image, Image.Image): raise KitError(f"a picture is a PIL image; got {type(image).__name__}: use PIL.Image.open")
     if image.mode[0] in "IF": raise KitError(f"the picture has mode {image.mode}, more than 8 bits a colour; save it as an 8-bit PNG first")
     image = ImageOps.exif_transpose(image)
     if not image.has_transparency_data: return image.convert("RGB")
@@ -100,13 +100,21 @@ class EditSession:
         self.lam, self.seed, self.content, self.motion = lam, seed, "", ""
         self.steps, self.at = [], 0 # steps[:at] are done, steps[at:] are undone
 
-    lam = property(lambda self: self._lam, lambda self, value: setattr(self, "_lam", _number(value, "lam", 0, 1)), doc="Blend of Eq. 4.")
-    seed = property(lambda self: self._seed, lambda self, value: setattr(self, "_seed", _whole(value, "seed", 0, 2**31 - 1)), doc="Seed of the noise.")
+    @property
+    def lam(self)->float: return self._lam
+    @lam.setter
+    def lam(self, value): self._lam = _number(value, "lam", 0, 1)
+
+    @property
+    def seed(self)->int: return self._seed
+    @seed.setter
+    def seed(self, value): self._seed = _whole(value, "seed", 0, 2**31 - 1)
 
     def say(self, content:str=None, motion:str=None):
         "Set the text of what is to be seen, of how it is to move, or both."
-        content, motion = (self.content if content is None else _text(content, "content")), (self.motion if motion is None else _text(motion, "motion"))
-        self.content, self.motion = content, motion
+        content = self.content if content is None else _text(content, "content")
+        self.motion = self.motion if motion is None else _text(motion, "motion")
+        self.content = content # after both were looked at
 
     def _step(self, kind, **fields):
         self.steps = [*self.steps[:self.at], dict(kind=kind, **fields)]
@@ -223,7 +231,8 @@ def _again(self:EditSession, i, step):
 def replay(cls:EditSession, state:dict)->EditSession:
     "A session from its plain data; KitError naming the version or the first step that is wrong."
     if not isinstance(state, dict) or state.get("format") != FORMAT: raise KitError("this is not an edit session: no such \"format\" in it")
-    if state.get("version") != VERSION: raise KitError(f"a session of version {state.get('version')!r}; this kit reads version {VERSION}: open it with the kit that wrote it")
+    if (version := state.get("version")) != VERSION:
+        raise KitError(f"a session of version {version!r}; this kit reads version {VERSION}: open it with the kit that wrote it")
     if lost := [key for key in KEYS if key not in state]: raise KitError(f"the session lacks {', '.join(lost)}")
     session = cls(*(state[key] for key in KEYS[:4]))
     session.say(state["content"], state["motion"])
@@ -242,8 +251,8 @@ def open(cls:EditSession, path)->EditSession:
     "The session that a file holds; KitError saying what is wrong with it."
     try: return cls.replay(json.loads(Path(path).read_text(encoding="utf-8")))
     except FileNotFoundError: raise KitError(f'there is no session "{path}"') from None
-    except json.JSONDecodeError as error: raise KitError(f'"{path}" is damaged: {error}; the file was left as it is') from None
-    except (UnicodeDecodeError, RecursionError): raise KitError(f'"{path}" is damaged: it holds no JSON; the file was left as it is') from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise KitError(f'"{path}" is damaged: {str(error)[:100]}; the file was left as it is') from None
     except KitError as error: raise KitError(f'"{path}": {error}') from None
 
 @patch
@@ -266,7 +275,8 @@ def pixels(
     if isinstance(image, Image.Image): return np.asarray(upright(image), np.float32) / 255
     if not hasattr(image, "detach"): raise KitError(f"a picture is a PIL image or a tensor (3, h, w) in [0, 1]; got {type(image).__name__}")
     shape = tuple(image.shape)
-    if len(shape) not in (3, 4) or shape[-3] != 3 or shape[:-3] not in ((), (1,)): raise KitError(f"the picture has shape {shape}; expected (3, h, w) or (1, 3, h, w)")
+    if len(shape) not in (3, 4) or shape[-3] != 3 or shape[:-3] not in ((), (1,)):
+        raise KitError(f"the picture has shape {shape}; expected (3, h, w) or (1, 3, h, w)")
     return image.detach().float().cpu().reshape(shape[-3:]).permute(1, 2, 0).numpy()
 
 def _like(image, picture):
@@ -280,13 +290,14 @@ def paint(self:EditSession, image):
     "The picture with strokes and eraser applied, of the same kind as it came; KitError when its size is not the session's."
     original = pixels(image)
     if original.shape[:2] != (self.height, self.width):
-        raise KitError(f"the picture has {original.shape[1]}x{original.shape[0]} pixels, the session {self.width}x{self.height}; begin a session of the picture's size")
+        raise KitError(f"the picture has {original.shape[1]}x{original.shape[0]} pixels, the session {self.width}x{self.height}; "
+                       "begin a session of the picture's size")
     glass = np.zeros((self.height, self.width, 4), np.float32) # colour times opacity, and opacity
     for step in self.marks:
         if step["kind"] != "stroke" and step.get("layer") != "paint": continue
         brush = step["points"], step["size"], self.width, self.height
         box, share = _box(*brush), coverage(*brush)[..., None] * np.float32(step.get("opacity", 1))
-        ink = np.array([*ImageColor.getrgb(step["colour"]), 255], np.float32) / 255 if "colour" in step else np.float32(0) # none: the eraser
+        ink = np.array([*ImageColor.getrgb(step["colour"]), 255], np.float32) / 255 if "colour" in step else np.float32(0) # eraser
         glass[box] = glass[box] * (1 - share[box]) + ink * share[box]
     return _like(image, glass[..., :3] + (1 - glass[..., 3:]) * original)
 

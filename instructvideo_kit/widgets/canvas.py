@@ -37,9 +37,10 @@ def one_clip(
     video, # what `generate` returned
 )->torch.Tensor: # (f, 3, h, w) in [0, 1], on the CPU
     "The clip in it; KitError when it is neither (f, 3, h, w) nor (1, f, 3, h, w), or holds NaN."
-    if not isinstance(video, torch.Tensor): raise KitError(f"generate returned {type(video).__name__}; expected a tensor (f, 3, h, w) in [0, 1]")
+    if not isinstance(video, torch.Tensor): raise KitError(f"generate returned {type(video).__name__}; expected a tensor (f, 3, h, w)")
     if video.ndim == 5 and len(video) == 1: video = video[0]
-    if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape: raise KitError(f"generate returned the shape {tuple(video.shape)}; expected (f, 3, h, w)")
+    if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape:
+        raise KitError(f"generate returned the shape {tuple(video.shape)}; expected (f, 3, h, w)")
     if not video.isfinite().all(): raise KitError("generate returned NaN or infinite pixels; look at the model that made them")
     return video.detach().float().cpu().clamp(0, 1)
 
@@ -238,7 +239,8 @@ def pipeline_generate(
 ): # callable (session, progress, stop) -> clip (1, f, 3, h, w)
     "What a canvas calls to make a video: content, motion, paint, mask, arrows, lam and seed of the session go to the pipeline."
     def generate(session, progress, stop):
-        edited = session.paint(image)
-        return pipeline.video(image, session.content, edited=None if torch.equal(edited, image) else edited, motion=session.motion or None, drags=session.drags,
-                              lam=session.lam, mask=session.mask(), seed=session.seed, n_ddim=n_ddim, progress=progress, stop=stop, **options)
+        painted = session.paint(image)
+        edited = None if torch.equal(painted, image) else painted
+        return pipeline.video(image, session.content, edited=edited, motion=session.motion or None, drags=session.drags, lam=session.lam,
+                              mask=session.mask(), seed=session.seed, n_ddim=n_ddim, progress=progress, stop=stop, **options)
     return generate
