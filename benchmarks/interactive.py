@@ -20,7 +20,7 @@ import step
 from instructvideo_kit.files import write_atomic
 from instructvideo_kit.interactive.blend import lambda_schedule
 from instructvideo_kit.interactive.drag import disc, displaced
-from instructvideo_kit.interactive.pipeline import InteractivePipeline, img2img, still
+from instructvideo_kit.interactive.pipeline import InteractivePipeline
 from instructvideo_kit.interactive.session import EditSession
 from instructvideo_kit.measure.metrics import paired_bootstrap
 from instructvideo_kit.menagerie.arrows import arrow_cases
@@ -41,18 +41,18 @@ def interval(before, after):
 def redness(clip, where):
     "Mean of red minus the mean of green and blue, in a region, over all frames."
     red = clip[:, :, 0] - clip[:, :, 1:].mean(2)
-    return ((red * where[:, :, 0]).sum() / (where.sum() * clip.shape[1])).item()
+    return ((red * where).sum() / (where.sum() * clip.shape[1])).item()
 
 
 def painting(pipeline, args):
     "Redness at the painted place, with and without the blob, one seed a pair."
-    scene, at = Scene("fox", "rest", "meadow", 3), (24., 7.)
+    scene, at = Scene("fox", "rest", "meadow", 3), (13., 8.)
     picture, session = render([scene])[:, 0], EditSession(32, 32)
     session.stroke([at], "#e01818", 9)
     session.mask_stroke([at], 11)
     painted, where, elsewhere = session.paint(picture), disc(at, 4, (32, 32)), 1 - disc(at, 8, (32, 32))
-    ways = {"lambda 0": dict(lam=0.), "lambda .25": dict(lam=.25), "lambda .5": dict(lam=.5), "lambda .75": dict(lam=.75), "lambda 0, masked": dict(lam=0., mask=session.mask()),
-            "lambda 0, first half of the steps": dict(lam=lambda_schedule("window", args.n_ddim, 0., window=(0, .5))), "lambda 0, two latents": dict(lam=0., reading="two_latents")}
+    ways = {"lambda 0": dict(lam=0.), "lambda .25": dict(lam=.25), "lambda .5": dict(lam=.5), "lambda .75": dict(lam=.75), "lambda 0, masked": dict(lam=0., mask=session.mask()), "lambda 0, masked, hold .6": dict(lam=0., mask=session.mask(), hold=.6),
+            "lambda 0, first half of the steps": dict(lam=lambda_schedule("window", args.n_ddim, 0., window=(0, .5))), "lambda 0, from noise": dict(lam=0., start="noise")}
     go = lambda seed, **k: pipeline.video(picture, scene.caption, seed=seed, n_ddim=args.n_ddim, **k)
     plain = [go(seed) for seed in range(args.seeds)]
     found = {}

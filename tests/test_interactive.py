@@ -17,8 +17,8 @@ from instructvideo_kit.diffusion.schedule import Schedule
 from instructvideo_kit.interactive.blend import (
     LAMBDA_SCHEDULES, Pair, blend_noise, blended, denoise_blended, lam_at_step, lambda_schedule, masked, noised_still)
 from instructvideo_kit.files import KitError
-from instructvideo_kit.interactive.drag import disc, displaced, fill, moved, steered
-from instructvideo_kit.interactive.pipeline import InteractivePipeline, img2img, join_texts, still, to_image
+from instructvideo_kit.interactive.drag import disc, displaced, fill, matte, moved, steered
+from instructvideo_kit.interactive.pipeline import InteractivePipeline, img2img, join_texts, to_image
 from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.policy.first_frame import FirstFramePolicy, widened
 
@@ -72,18 +72,18 @@ def told(policy):
 @pytest.fixture(params=["first_frame", "svd", *PREDICTION_TYPES])
 def policy(request): return Toy(request.param) if request.param in PREDICTION_TYPES else request.getfixturevalue(request.param)
 
-def single(policy, each, noise, reading, n_ddim=3):
+def single(policy, each, noise, start_at, n_ddim=3):
     "The run on one condition, without any of this module."
     timesteps = policy.schedule.timesteps(n_ddim)
-    start = noise if reading == "shared" else noised_still(policy, each["image"], noise, int(timesteps[0]))
+    start = noise if start_at == "noise" else noised_still(policy, each["image"], noise, int(timesteps[0]))
     return denoise(policy.denoiser(**each), start, timesteps, policy.schedule)
 
-@pytest.mark.parametrize("reading", ["shared", "two_latents"])
-def test_ends_are_the_single_runs_bit_for_bit(policy, reading):
+@pytest.mark.parametrize("reading, start", [("shared", "noise"), ("shared", "picture"), ("two_latents", "picture")])
+def test_ends_are_the_single_runs_bit_for_bit(policy, reading, start):
     before, after = told(policy)
     noise = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
-    run = lambda lam: denoise_blended(policy, before, after, noise, lam, reading, n_ddim=3)
-    ends = single(policy, before, noise, reading), single(policy, after, noise, reading)
+    run = lambda lam: denoise_blended(policy, before, after, noise, lam, reading, n_ddim=3, start=start)
+    ends = single(policy, before, noise, start), single(policy, after, noise, start)
     assert not torch.allclose(*ends, atol=1e-4)
     assert torch.equal(run(1), ends[0]) and torch.equal(run(0), ends[1])
     assert torch.equal(run(torch.ones(1, 1, 1, *policy.latent_shape[2:])), ends[0]) and torch.equal(run([0., 0., 0.]), ends[1])
@@ -219,7 +219,14 @@ def test_two_drags_and_a_region():
     clip, _ = displaced(image, [((8, 8), (8, 20), 6), ((24, 24), (24, 12), 6)], 4)
     assert clip.shape == (1, 4, 3, 32, 32) and (red_centre(clip[..., :16])[-1] - torch.tensor([8., 20])).abs().max() < .5 and (red_centre(clip[..., 16:])[-1] - torch.tensor([8., 12])).abs().max() < .5
     region = disc((8, 8), 6, (32, 32))
-    assert torch.allclose(displaced(image, [((8, 8), (8, 20), 1)], 4, region)[0], displaced(image, [((8, 8), (8, 20), 6)], 4)[0])
+    assert torch.equal(displaced(image, [((8, 8), (8, 20), 1)], 4, region)[0], displaced(image, [((8, 8), (8, 20), 9)], 4, region)[0])
+
+def test_matte_takes_the_object_and_leaves_the_grass():
+    image = spot(16, 16)
+    cut, inside = matte(image, disc((16, 16), 10, (32, 32))), disc((16, 16), 4, (32, 32))
+    assert cut[inside == 1].min() == 1 and cut[disc((16, 16), 7, (32, 32)) == 0].max() == 0
+    flat = torch.full((1, 3, 32, 32), .3)
+    assert torch.equal(matte(flat, inside), inside) # nothing stands out: the whole disc
 
 @settings(max_examples=25, deadline=None)
 @given(h=st.integers(1, 33), w=st.integers(1, 33), seed=st.integers(0, 99))
@@ -304,11 +311,12 @@ def test_instructions_alone_and_together(pipeline):
     go = lambda **k: pipeline.video(before, "a red cat runs", n_ddim=4, **k)
     plain = go()
     assert plain.shape == (1, pipeline.i2v.n_frames, 3, h, w) and plain.min() >= 0 and plain.max() <= 1
-    assert torch.equal(plain, pipeline.i2v.generate(n_ddim=4, noise=pipeline.i2v.noise([0], 0), **pipeline.told("a red cat runs", before)))
+    assert torch.equal(go(start="noise"), pipeline.i2v.generate(n_ddim=4, noise=pipeline.i2v.noise([0], 0), **pipeline.told("a red cat runs", before)))
     assert torch.equal(go(edited=after, lam=1), plain) and torch.equal(go(edited=after, lam=0), pipeline.video(after, "a red cat runs", n_ddim=4))
+    assert torch.equal(go(reading="two_latents"), plain)
     drag, mask = [((w / 3, h / 3), (w / 2, h / 2), 2)], torch.zeros(1, 1, h, w).index_fill(-1, torch.arange(w // 2), 1.)
     seen = [plain, go(seed=1), go(edited=after, lam=.5), go(edited=after, lam=.5, mask=mask), go(drags=drag), go(edited=after, lam=.5, drags=drag),
-            go(edited=after, lam=[0., 0., 1., 1.]), go(edited=after, lam=.5, reading="two_latents"), go(drags=drag, reading="two_latents")]
+            go(edited=after, lam=[0., 0., 1., 1.]), go(edited=after, lam=.5, reading="two_latents")]
     if hasattr(pipeline.i2v, "text_encoder"): seen.append(go(motion="left"))
     assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i]) and all(clip.isfinite().all() for clip in seen)
 
@@ -318,6 +326,16 @@ def test_progress_and_stop():
     assert pipeline.video(image, "a", n_ddim=3, progress=lambda *a: seen.append(a)) is not None and seen == [(1, 3), (2, 3), (3, 3)]
     assert pipeline.video(image, "a", n_ddim=5, progress=lambda *a: seen.append(a), stop=lambda: len(seen) >= 5) is None and seen[3:] == [(1, 5), (2, 5)]
 
+def test_hold_keeps_the_painted_place():
+    pipeline = InteractivePipeline(Toy("v_prediction"))
+    before = pictures(pipeline.size)[0]
+    after = before.clone(); after[..., :2, :2] = 1 - after[..., :2, :2]
+    go = lambda **k: pipeline.video(before, "a", after, n_ddim=5, **k)
+    assert torch.equal(go(lam=1., hold=.6), go(lam=1.)) and torch.equal(pipeline.video(before, "a", hold=.6, n_ddim=5), pipeline.video(before, "a", n_ddim=5))
+    held, free = go(lam=0., hold=1.), go(lam=0.)
+    wrong = lambda clip: (clip[..., :2, :2] - after[:, None, :, :2, :2].clamp(0, 1)).abs().mean()
+    assert wrong(held) < .03 and wrong(held) < wrong(free) / 2
+
 def test_following_costs_no_network():
     "While lambda is 0 for the arrow, the network is not asked."
     pipeline = InteractivePipeline(Toy("v_prediction"))
@@ -326,8 +344,8 @@ def test_following_costs_no_network():
 
 @pytest.mark.parametrize("options, words", [
     (dict(image=torch.rand(1, 3, 5, 6)), "image of shape"), (dict(edited=torch.rand(1, 3, 5, 6)), "image of shape"), (dict(mask=torch.ones(1, 1, 5, 6)), "mask of shape"),
-    (dict(mask=torch.zeros(1, 1, 6, 6)), "mask is empty"), (dict(lam=1.5), "lam goes"), (dict(lam=[.5] * 2), "2 entries"), (dict(reading="twin"), "shared and two"),
-    (dict(drags=[((1, 1), (9, 1), 2)]), "lies outside the 6x6"), (dict(drags=[((1, 1), (5, 1), 2)], follow=2), "follow"), (dict(image=255 * torch.rand(1, 3, 6, 6)), "expected float")])
+    (dict(mask=torch.zeros(1, 1, 6, 6)), "mask is empty"), (dict(lam=1.5), "lam goes"), (dict(lam=[.5] * 2), "2 entries"), (dict(reading="twin"), "shared and two"), (dict(start="middle"), "noise and picture"),
+    (dict(drags=[((1, 1), (9, 1), 2)]), "lies outside the 6x6"), (dict(drags=[((1, 1), (5, 1), 2)], follow=2), "share of the steps"), (dict(hold=-1), "share of the steps"), (dict(image=255 * torch.rand(1, 3, 6, 6)), "expected float")])
 def test_bad_instructions(options, words):
     pipeline = InteractivePipeline(Toy("v_prediction"))
     before, after = pictures(pipeline.size)
@@ -340,7 +358,7 @@ def test_image_stage(text_policy, first_frame):
     made = [pipeline.image(*PROMPT, n_ddim=4), pipeline.image(*PROMPT, seed=1, n_ddim=4), *(pipeline.image(*PROMPT, image, s, n_ddim=4) for s in (.25, .5, 1.))]
     assert all(x.shape == image.shape and 0 <= x.min() and x.max() <= 1 for x in made)
     assert not any(torch.equal(a, b) for i, a in enumerate(made) for b in made[:i])
-    assert still(text_policy).n_frames == 1 and text_policy.n_frames == 8 and img2img(text_policy, *PROMPT, image, .5, n_ddim=4).shape == image.shape
+    assert torch.equal(made[3], img2img(text_policy, *PROMPT, image, .5, n_ddim=4))
     for bad, words in ((dict(strength=1.1), "strength"), (dict(image=torch.rand(1, 3, 4, 4)), "image of shape"), (dict(strength=.1), "at least one step")):
         with pytest.raises(ValueError, match=words): pipeline.image(**{"prompt": PROMPT[0], "image": image, "n_ddim": 4, **bad})
     with pytest.raises(ValueError, match="no image stage"): InteractivePipeline(first_frame).image("a")
