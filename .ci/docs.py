@@ -92,7 +92,7 @@ def main():
     except ImportError: sys.exit("docs: mkdocs is not installed; run .venv/bin/python -m pip install -e '.[docs]'")
     config = dict(STYLE, site_name="instructvideo_kit", docs_dir=str(PAGES), site_dir=str(SITE), nav=pages())
     (ROOT/"build/mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--quiet", "--clean", "-f", ROOT/"build/mkdocs.yml"])
+    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--quiet", "--clean", "-f", ROOT/"build/mkdocs.yml"], cwd=ROOT/"build") # its cache stays there
     if done.returncode: sys.exit(done.returncode)
     print(f"docs: {SITE/'index.html'}")
 
