@@ -7,8 +7,8 @@ __all__ = ['FULL', 'QUICK', 'OPEN', 'BEFORE', 'TUNE', 'AFTER', 'REPORT', 'STAGES
            'forward_seconds', 'held_out', 'best_device', 'menagerie_clips', 'open_oracle', 'find_lora',
            'evaluate_before_after', 'DemoSize', 'plan', 'run_demo']
 
-# %% ../nbs/94_demo.ipynb #205fb199
-import json, shutil, time
+# %% ../nbs/94_demo.ipynb #e755e850
+import json, os, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,8 +83,9 @@ def held_out(
     return {group: prompts(share, "evaluation", group, seed) for group, share in shares.items()}
 
 def best_device()->str:
-    "The GPU that torch can use, else the processor."
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    "The GPU that torch can use, among several processes each its own, else the processor."
+    if not torch.cuda.is_available(): return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
 
 def menagerie_clips(
     policy, # VideoPolicy, for the size and number of frames
