@@ -1,12 +1,18 @@
 """`make slides`: a reveal.js presentation of each master tutorial in build/slides, with its outputs.
 
-A heading opens a slide, what follows stands below it (press down), set-up cells and answers are left out. --reveal says where reveal.js is.
+A heading opens a slide, what follows stands below it (press down); set-up cells, checks and hints are left out, answers are stubs. --reveal says where reveal.js is: an address, or a folder
+beside the slides. Nothing else is fetched but MathJax; without a network formulas stay as they are written.
 """
 import argparse, json, re, subprocess, sys, tempfile
 from pathlib import Path
 from editions import MARK, directive, masters, source, student_code
 
 ROOT = Path(__file__).resolve().parent.parent
+STARTER = """<style>.reveal .slides section section {{ max-height: 95vh; overflow-y: auto }}</style>
+<script src="{reveal}/dist/reveal.js"></script>
+<script src="{reveal}/plugin/notes/notes.js"></script>
+<script>Reveal.initialize({{ controls: true, progress: true, history: true, slideNumber: true, transition: "none", width: 1200, height: 800, plugins: [RevealNotes] }})</script>
+"""
 
 
 def kind_of(cell, first):
@@ -33,12 +39,21 @@ def as_slides(nb):
     return {**nb, "cells": cells}
 
 
+def start_plainly(page, reveal):
+    "The page without require.js and jQuery, which nbconvert loads from the network only to start reveal.js."
+    page = re.sub(r'<script src="[^"]*(?:require|jquery)[^"]*"></script>', "", page)
+    return re.sub(r"<script>\s*require\(.*?</script>", lambda _: STARTER.format(reveal=reveal), page, flags=re.S)
+
+
 def build(path, reveal, out):
     with tempfile.TemporaryDirectory() as folder:
         notebook = Path(folder)/path.name
         notebook.write_text(json.dumps(as_slides(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
-        command = [sys.executable, "-m", "nbconvert", "--to", "slides", "--SlidesExporter.reveal_scroll=True", f"--SlidesExporter.reveal_url_prefix={reveal}", "--log-level", "ERROR"]
-        return subprocess.run([*command, "--output-dir", out, notebook]).returncode == 0
+        command = [sys.executable, "-m", "nbconvert", "--to", "slides", f"--SlidesExporter.reveal_url_prefix={reveal}", "--log-level", "ERROR"]
+        if subprocess.run([*command, "--output-dir", out, notebook]).returncode: return False
+    page = out/f"{path.stem}.slides.html"
+    page.write_text(start_plainly(page.read_text(encoding="utf-8"), reveal), encoding="utf-8")
+    return True
 
 
 def main():

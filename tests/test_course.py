@@ -201,3 +201,19 @@ def test_a_page_shows_the_head_of_each_function_and_nothing_of_its_body():
 def test_classes_show_fields_and_methods():
     page = docs.api_page(ROOT/"instructvideo_kit/tuning/instructvideo.py")
     assert "tau: float = 0.6" in page and "def __call__(self, positions)" in page and "def check(self)" in page
+
+slides = tool("slides", ".ci/slides.py")
+
+def test_slides_open_at_headings_and_leave_the_machinery_out():
+    nb = small()
+    nb["cells"].insert(2, cell("some text\n\n## A heading\n\nmore", "markdown"))
+    made = slides.as_slides(nb)["cells"]
+    kinds = {editions.source(c).split("\n")[0]: c["metadata"]["slideshow"]["slide_type"] for c in made}
+    assert kinds["# Title"] == kinds["## A heading"] == "slide" and kinds["some text"] == "subslide"
+    assert kinds["#| setup"] == kinds["#| graded double 2"] == kinds["<details><summary>Hint 1</summary>Twice.</details>"] == "skip"
+    assert "2 * x" not in "".join(editions.source(c) for c in made) and len({c["id"] for c in made}) == len(made)
+
+def test_slides_need_no_require_js():
+    page = '<script src="https://x/require.min.js"></script><script src="https://x/jquery.min.js"></script>text<script>\nrequire(\n {}, function(R){ R.initialize({}) });\n</script></html>'
+    made = slides.start_plainly(page, "reveal.js")
+    assert "require" not in made and "jquery" not in made and 'src="reveal.js/dist/reveal.js"' in made and made.startswith("text")
