@@ -37,7 +37,10 @@ from ..tuning.common import branches
 from ..tuning.trainer import FREE_FIELDS, complete, fingerprint, load_preset, need, read_log
 from ..video import film_strip
 
-# %% ../../nbs/measure/04_runs.ipynb #2d236c8d
+# %% ../../nbs/measure/04_runs.ipynb #691572a2
+@lru_cache
+def _held_out(counts): return [(group, prompts(n, "evaluation", group)) for group, n in zip(GROUPS, counts) if n]
+
 @dataclass(frozen=True)
 class Held:
     "What a checkpoint is judged on: held-out captions of each group, videos per caption, DDIM steps."
@@ -47,7 +50,7 @@ class Held:
 
     def captions(self)->dict: # {group: list of str}
         "The captions, the same for every cell."
-        return {group: prompts(n, "evaluation", group) for group, n in zip(GROUPS, self.counts) if n}
+        return {group: list(many) for group, many in _held_out(self.counts)}
 
     @property
     def cost(self): return 2*sum(self.counts)*len(self.seeds)*self.n_ddim # network evaluations, with guidance
@@ -83,7 +86,10 @@ def config_of(
     "The preset with the cell's overrides, in bfloat16; KitError for an unknown field or value."
     preset = cell.preset or ("menagerie" if cell.algorithm == "instructvideo" else f"{cell.algorithm}_menagerie")
     values = {"mixed_precision": "bf16", **cell.overrides, "seed": cell.seed, "steps": max(step for step, _ in cell.points)}
-    return load_preset(preset, ALGORITHMS[cell.algorithm][1], values)
+    return replace(_config(preset, cell.algorithm, tuple(values.items()))) # a copy: configs can be changed
+
+@lru_cache(maxsize=None)
+def _config(preset, algorithm, values): return load_preset(preset, ALGORITHMS[algorithm][1], dict(values))
 
 def precision_of(cell)->str: # "bf16", "fp16" or "no"
     "Number format of the policy in a cell."
@@ -101,7 +107,7 @@ def compute(
         return float(cost(config)*config.batch*step + branches(config, guidance_scale)*config.n_candidates*config.n_ddim*cell.n_clips)
     return float(cost(config, guidance_scale)*config.batch*step)
 
-# %% ../../nbs/measure/04_runs.ipynb #691572a2
+# %% ../../nbs/measure/04_runs.ipynb #69157202
 @lru_cache
 def weights_hash(
     name:str, # shipped name or path
