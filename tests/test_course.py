@@ -169,6 +169,10 @@ SAID = "Starting /x/a.ipynb\nSuccess.\na.ipynb: 60 secs\nb.ipynb: 200 secs\nc.ip
 
 def test_times_are_read(): assert ci.seconds_of(SAID) == {"a.ipynb": 60, "b.ipynb": 200, "c.ipynb": 130}
 
+def test_output_is_passed_on_and_kept(capfd):
+    assert ci.spoken([sys.executable, "-c", "print('x.ipynb: 3 secs'); raise SystemExit(2)"]) == (2, "x.ipynb: 3 secs\n")
+    assert "3 secs" in capfd.readouterr().out
+
 def test_a_card_that_is_off_is_named_and_a_slow_machine_is_not():
     lines = ci.beside_cards(ci.seconds_of(SAID), {"a.ipynb": .5, "b.ipynb": .5, "c.ipynb": 1.})
     assert [("WARNING" in line) for line in lines] == [False, True, False, False]
