@@ -2,8 +2,10 @@
 
 KIT_BROWSER_PIPELINE=menagerie-i2v makes the videos with that policy instead of a stand-in that slides the picture."""
 import importlib.util, json, os
-import nbformat, pytest
+import nbformat, numpy as np, pytest
+from PIL import Image
 from browser import jupyter_lab, missing, open_notebook, page, picture, run_all, until, voila
+from instructvideo_kit.interactive.session import EditSession
 
 if reason := missing(): pytest.skip(reason, allow_module_level=True)
 POLICY = os.environ.get("KIT_BROWSER_PIPELINE")
@@ -73,6 +75,14 @@ def on_disk(folder): return json.loads((folder/"session.json").read_text())
 def done(folder): return (lambda s: s["steps"][:s["at"]])(on_disk(folder)) if (folder/"session.json").exists() else []
 PIXEL = "([x, y]) => [...document.querySelector('.ivk-paint').getContext('2d').getImageData(x, y, 1, 1).data]"
 def ink(page, x, y): return page.evaluate(PIXEL, [x, y])
+def assert_page_shows_what_python_paints(page, folder):
+    "Two rasterisers, one picture: edges may differ by a shade, nothing else."
+    data = page.evaluate("() => [...document.querySelector('.ivk-paint').getContext('2d').getImageData(0, 0, 32, 32).data]")
+    shown = np.array(data, dtype=np.float32).reshape(32, 32, 4)/255
+    painted = EditSession.open(folder/"session.json").paint(Image.new("RGB", (32, 32)))
+    apart = abs(shown[..., :3]*shown[..., 3:] - np.asarray(painted)/255)
+    assert apart.mean() < 0.01 and apart.max() < 0.35, (apart.mean(), apart.max())
+
 def notice(page): return page.locator(".ivk-notice").inner_text()
 def message(page): return page.locator(".ivk-message").inner_text()
 def arrows(page): return page.locator(".ivk-arrow.ivk-light").count()
@@ -85,6 +95,7 @@ def test_paint_drag_undo_redo_generate_save_reload_replay(fresh, folder, lab):
     stroke = last(folder, "stroke")
     assert stroke["colour"] == "#ffd23f" and abs(stroke["points"][0][0] - 21) < 0.3 and abs(stroke["points"][-1][1] - 8) < 0.3
     assert ink(page, 25, 5) == [255, 210, 63, 255] and ink(page, 5, 25)[3] == 0
+    assert_page_shows_what_python_paints(page, folder)
     ui(page).get_by_role("button", name="Mask").click()
     pull(page, (20, 5), (27, 6)); last(folder, "mask_stroke")
     ui(page).get_by_role("button", name="Arrow").click()

@@ -89,7 +89,7 @@ function drawLayer(canvas, marks, layer) {
 function render({ model, el }) {
   const view = Math.random().toString(36).slice(2), listeners = [];
   let session = model.get("session"), sent = 0, patience = null;
-  const width = session.width, height = session.height, unit = Math.max(1, Math.max(width, height) / 32);
+  const width = session.width, height = session.height, unit = Math.max(1, Math.max(width, height) / 32), finest = Math.max(1, unit / 8);
   const tool = { name: "brush", erasing: false, colour: COLOURS.red, opacity: 1, sizes: { brush: 4 * unit, mask: 8 * unit, arrow: 6 * unit } };
   let live = null, cursor = null, frame = 0, playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
 
@@ -122,7 +122,7 @@ function render({ model, el }) {
     const name = make("span", { class: "ivk-label" }, label);
     return { box: make("label", { class: "ivk-slider" }, name, input, output), input, output, name };
   };
-  const size = slider("Size", unit, 24 * unit, unit / 2, (value) => { tool.sizes[tool.name] = value; refresh(); });
+  const size = slider("Size", finest, 24 * unit, finest / 2, (value) => { tool.sizes[tool.name] = value; refresh(); });
   const opacity = slider("Opacity", 0.05, 1, 0.05, (value) => { tool.opacity = value; refresh(); });
   const choose = (name) => { tool.name = name; tool.erasing = false; drop(); refresh(); };
   const colour = (value) => { tool.colour = value; if (tool.name !== "brush" || tool.erasing) choose("brush"); refresh(); };
@@ -202,7 +202,7 @@ function render({ model, el }) {
     else if (key === "m") choose("mask");
     else if (key === "a") choose("arrow");
     else if (key === "e") eraser.click();
-    else if (key === "[" || key === "]") { tool.sizes[tool.name] = clamp(tool.sizes[tool.name] + (key === "]" ? unit : -unit), unit, 24 * unit); refresh(); }
+    else if (key === "[" || key === "]") { tool.sizes[tool.name] = clamp(tool.sizes[tool.name] + (key === "]" ? unit : -unit), finest, 24 * unit); refresh(); }
     else if ((key === "delete" || key === "backspace") && dragsOf(session).length) send({ kind: "delete_drag", index: dragsOf(session).length - 1 });
     else return;
     event.preventDefault();
