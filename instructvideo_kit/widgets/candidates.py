@@ -70,7 +70,7 @@ def accuracy_png(
     steps, values = [r["step"] for r in rows], [r["implicit_accuracy"] for r in rows]
     means = [sum(part)/len(part) for part in (values[max(0, i + 1 - smooth):i + 1] for i in range(len(values)))]
     figure = Figure(figsize=(6, 1.7), dpi=90)
-    ax = figure.subplots(gridspec_kw=dict(left=.1, right=.98, bottom=.28, top=.94))
+    ax = figure.subplots(gridspec_kw=dict(left=.15, right=.98, bottom=.28, top=.94))
     ax.plot(steps, values, ".", ms=3, color="0.7"); ax.plot(steps, means, color="#1b7f79"); ax.axhline(.5, color="0.6", lw=.8, ls=":")
     for k in range(int(every), steps[-1] + 1, int(every)) if every and every != float("inf") else (): ax.axvline(k + .5, color="#e06c32", lw=.8)
     ax.set(xlabel="step", ylabel="implicit\naccuracy", ylim=(-.05, 1.05), yticks=(0, .5, 1)); ax.spines[["top", "right"]].set_visible(False)

@@ -45,7 +45,7 @@ def dashboard_png(
     figure = Figure(figsize=(9, 2.3), dpi=90)
     axes = figure.subplots(1, 3, gridspec_kw=dict(left=.07, right=.99, bottom=.2, top=.86, wspace=.3))
     _reward(axes[0], rows, evaluations); _gradients(axes[1], profiles); _memory(axes[2], rows)
-    for ax in axes: ax.title.set_fontsize(9); ax.tick_params(labelsize=8); ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes: ax.title.set_fontsize(9); ax.tick_params(which="both", labelsize=8); ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(buffer := io.BytesIO(), format="png")
     return buffer.getvalue()
 
