@@ -212,6 +212,12 @@ def test_still_picture_where_nothing_is_alive():
     data, _ = Canvas(image(), ready())._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data and Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).size == (320, 320)
 
+def test_canvas_shows_what_code_did_to_the_session():
+    canvas = Canvas(image(), ready())
+    canvas.controller.session.stroke([(3, 3)], "red")
+    canvas._repr_mimebundle_()
+    assert len(canvas.session["steps"]) == 1
+
 def test_large_frames_travel_as_jpeg_small_ones_exactly():
     assert picture_url(torch.zeros(3, 200, 300)).startswith("data:image/jpeg")
     frame = (image()*255).round()/255

@@ -226,6 +226,7 @@ class Canvas(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs):
         "The live canvas, and a picture of the moment for pages where nothing is alive."
+        self.push() # code may have changed the session since
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         image = self.controller.session.preview(self.controller.image, scale=max(1, 320 // max(self.controller.image.shape[1:])))
         return {**data, "image/png": base64.b64encode(png_bytes(image)).decode()}, metadata
