@@ -70,7 +70,8 @@ def test_the_wall_changes_with_the_caption():
 def test_the_picture_shows_what_there_is():
     rows = [{"step": s, "reward": s/9, "memory_mb": 500} for s in range(1, 9)]
     evaluations, profiles = [{"step": 4, "reward": .5}], [(4, [551, 1], [1., .1])]
-    pictures = {dashboard_png([]), dashboard_png(rows), dashboard_png(rows, evaluations), dashboard_png(rows, [evaluations[0] | {"warning": "x"}]), dashboard_png(rows, [], profiles)}
+    shown = [([],), (rows,), (rows, evaluations), (rows, [evaluations[0] | {"warning": "x"}]), (rows, [], profiles)]
+    pictures = {dashboard_png(*what) for what in shown}
     assert len(pictures) == 5 and len({size(p) for p in pictures}) == 1
 
 

@@ -160,7 +160,8 @@ def test_sample_strips_are_comparable(patch_folder, tmp_path):
 def test_a_tracker_without_its_package_is_one_line_before_a_folder_is_made(patch_folder, tmp_path, monkeypatch, name):
     monkeypatch.setitem(trainer.TRACKERS, name, lambda: False)
     policy = open_policy(patch_folder)
-    with pytest.raises(KitError, match=f"pip install {name}") as error: tune(policy, redness, some_clips(policy), replace(CONFIG, tracker=name), tmp_path/"run", progress=False)
+    with pytest.raises(KitError, match=f"pip install {name}") as error:
+        tune(policy, redness, some_clips(policy), replace(CONFIG, tracker=name), tmp_path/"run", progress=False)
     assert "\n" not in str(error.value) and not (tmp_path/"run").exists()
     with pytest.raises(KitError, match='did you mean "tensorboard"'): TrainerConfig(tracker="tensorbord")
 
@@ -179,7 +180,8 @@ def test_wandb_is_offline_and_inside_the_run_folder_unless_told_otherwise(patch_
     for kind in ("CACHE", "CONFIG", "DATA"): monkeypatch.setenv(f"WANDB_{kind}_DIR", "x"); monkeypatch.delenv(f"WANDB_{kind}_DIR")
     if mode: monkeypatch.setenv("WANDB_MODE", mode)
     policy = open_policy(patch_folder)
-    tune(policy, redness, some_clips(policy), replace(CONFIG, tracker="wandb", eval_every=2), tmp_path/"run", evaluate=lambda p, s: {"reward": .5, "clips": {}}, progress=False)
+    evaluate = lambda policy, step: {"reward": .5, "clips": {}}
+    tune(policy, redness, some_clips(policy), replace(CONFIG, tracker="wandb", eval_every=2), tmp_path/"run", evaluate=evaluate, progress=False)
     (name, config, options), *_ = calls
     assert options["wandb"] == {"dir": str(tmp_path/"run"), "mode": mode or "offline"} and config["lr"] == .01 and None not in config.values()
     assert told[-1] == "finished" and told[0] == (0, {"eval/reward": .5}) and "step/loss" in told[1][1]
@@ -199,8 +201,8 @@ def test_stop_saves_and_the_run_goes_on_exactly(patch_folder, tmp_path):
     result = tune(open_policy(patch_folder), redness, clips, replace(CONFIG, save_every=100), tmp_path/"run", progress=False, stop=stop)
     assert (result.steps, result.finished, result.lora.name) == (3, False, "step-000003")
     assert losses(tune(open_policy(patch_folder), redness, clips, CONFIG, tmp_path/"run", resume=True, progress=False)) == losses(straight)
-    online = online_dpo.tune(open_policy(patch_folder), redness, ["a cat", "a fish"], online_dpo.OnlineDPOConfig(n_ddim=2, guidance_scale=1., batch=2, rank=2, steps=9, n_candidates=2),
-                             tmp_path/"online", progress=False, stop=lambda: True)
+    config = online_dpo.OnlineDPOConfig(n_ddim=2, guidance_scale=1., batch=2, rank=2, steps=9, n_candidates=2)
+    online = online_dpo.tune(open_policy(patch_folder), redness, ["a cat", "a fish"], config, tmp_path/"online", progress=False, stop=lambda: True)
     assert online.steps == 1 and online.lora.is_dir()
 
 
@@ -224,6 +226,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_can_go_on(patch_folde
     assert losses(tune(open_policy(patch_folder), redness, clips, CONFIG, run, resume=True, progress=False)) == losses(straight)
 
 
-@pytest.mark.parametrize("options, says", [(dict(ema_decay=1.), "ema_decay is 1.0"), (dict(ema_decay=-.1), "ema_decay is -0.1"), (dict(sample_every=-1), "sample_every is -1"), (dict(eval_every=-2), "eval_every is -2")])
+@pytest.mark.parametrize("options, says", [
+    (dict(ema_decay=1.), "ema_decay is 1.0"), (dict(ema_decay=-.1), "ema_decay is -0.1"), (dict(sample_every=-1), "sample_every is -1"), (dict(eval_every=-2), "eval_every is -2")])
 def test_values_out_of_range(options, says):
     with pytest.raises(KitError, match=says): TrainerConfig(**options)

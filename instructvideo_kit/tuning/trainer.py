@@ -58,7 +58,8 @@ class TrainerConfig:
         for name in ("steps", "batch", "grad_accum", "save_every"): need(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected 1 or more")
         need(self.lr > 0, f"lr is {self.lr}, expected a number above 0")
         for name in ("beta1", "beta2", "ema_decay"): need(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}, expected 0 <= {name} < 1")
-        for name in ("weight_decay", "max_grad_norm", "eval_every", "sample_every", "seed"): need(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+        for name in ("weight_decay", "max_grad_norm", "eval_every", "sample_every", "seed"):
+            need(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
         need_one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         need_one_of("tracker", self.tracker, ("", *TRACKERS))
 
@@ -293,7 +294,8 @@ def make_accelerator(
 )->Accelerator:
     "Accelerate's view of device, precision and processes; KitError for fp16 on the CPU, or for a tracker whose package is missing."
     tracker = config.tracker if run_dir else ""
-    need(not tracker or TRACKERS[tracker](), f'tracker is "{tracker}", but the package {tracker} is not installed: pip install {tracker}, or leave tracker empty (log.jsonl is always written)')
+    need(not tracker or TRACKERS[tracker](),
+         f'tracker is "{tracker}", but the package {tracker} is not installed: pip install {tracker}, or leave tracker empty (log.jsonl is always written)')
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         AcceleratorState._reset_state() # one process may tune twice with different precision
     cpu = device is not None and torch.device(device).type == "cpu"

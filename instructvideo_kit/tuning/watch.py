@@ -34,7 +34,8 @@ def held_out_evaluation(
     batch:int=8, # clips drawn at a time
 ): # evaluate(policy, step) -> {"reward": mean, ..., "flicker": mean, "spread": mean, "clips": {name: n numbers}}
     "What `tune(..., evaluate=)` takes: the same captions and the same noise at every call; ValueError without captions or without a reward."
-    if not captions or "reward" not in judges: raise ValueError(f'{len(captions)} captions and the judges {list(judges)}: expected at least one caption and the judge "reward"')
+    if not captions or "reward" not in judges:
+        raise ValueError(f'{len(captions)} captions and the judges {list(judges)}: expected at least one caption and the judge "reward"')
     def evaluate(policy, step):
         videos = policy.generate(list(captions), n_ddim, guidance_scale, seed=seed, batch=batch)
         figures = {name: judge(videos, list(captions)) for name, judge in judges.items()} | {"flicker": flicker(videos), "spread": spread(videos)}
@@ -55,8 +56,9 @@ def mean_interval(
     half = t*float(d.std())/len(d)**.5
     return float(d.mean()), float(d.mean()) - half, float(d.mean()) + half
 
-# %% ../../nbs/tuning/09_watch.ipynb #bde2ccab
-SIGNS = {"second": (1, "the second judge fell"), "flicker": (-1, "flicker rose"), "spread": (1, "clips became alike, their spread fell")} # name -> (which way is better, what to say)
+# %% ../../nbs/tuning/09_watch.ipynb #d6b9dd81
+SIGNS = { # name -> (which way is better, what to say)
+    "second": (1, "the second judge fell"), "flicker": (-1, "flicker rose"), "spread": (1, "clips became alike, their spread fell")}
 LEAST = .5 # standard deviations between clips: smaller changes are no sign
 
 def _change(then, now, name): # paired, per clip
