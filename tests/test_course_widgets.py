@@ -1,8 +1,11 @@
-"The widgets of the course without a browser: the ladder of timesteps and the gallery of fooled judges."
+"The widgets of the course without a browser: the ladder of timesteps, the gallery of fooled judges, guidance."
 import io
 import pytest, torch
 from PIL import Image
+from tiny import tiny_pipeline
 from instructvideo_kit.diffusion.schedule import Schedule
+from instructvideo_kit.policy import VideoPolicy
+from instructvideo_kit.widgets.guidance import GuidanceSlider, guided
 from instructvideo_kit.widgets.hacking import Attack, HackGallery, attack, hacking_note, hacking_png
 from instructvideo_kit.widgets.ladder import DDIMLadder, ladder_note, ladder_numbers, ladder_png
 
@@ -71,3 +74,24 @@ def test_gallery_changes_with_the_list_and_the_slider(frame):
     with pytest.raises(ValueError, match="expected 0..4"): hacking_png(a, 5)
     with pytest.raises(ValueError, match="no attack"): HackGallery({})
     assert isinstance(a, Attack)
+
+# guidance
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory): return VideoPolicy.from_pretrained(tiny_pipeline(tmp_path_factory.mktemp("tiny"), "v_prediction", "patch"))
+
+def test_guided_is_generate_at_each_scale(policy):
+    a, b = guided(policy, "a fox", (1., 6.), n_ddim=2, seed=3)
+    assert torch.equal(b.video, policy.generate(["a fox"], n_ddim=2, guidance_scale=6., seed=3)[0].float())
+    assert b.contrast == pytest.approx(b.video.std().item()) and 0 <= b.burnt <= 1 and not torch.equal(a.video, b.video)
+    with pytest.raises(ValueError, match="guidance scale -1"): guided(policy, "a fox", (-1.,))
+
+def test_each_scale_is_drawn_once(policy, monkeypatch):
+    asked, generate = [], policy.generate
+    monkeypatch.setattr(policy, "generate", lambda *a, **k: asked.append(k["guidance_scale"]) or generate(*a, **k))
+    panel = GuidanceSlider(policy, "a fox", n_ddim=1)
+    first = panel.image.value
+    panel.controls["w"].value = 9.
+    assert panel.image.value != first and "w = 9" in panel.note.value
+    panel.controls["w"].value = 4.
+    assert panel.image.value == first and asked == [1., 4., 9.]
