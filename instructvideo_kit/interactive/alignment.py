@@ -32,7 +32,7 @@ class AlignmentHead(nn.Module):
     def forward(self, frames, image):
         "ValueError when frames and picture do not fit."
         if frames.ndim != 5 or image.shape != frames[:, 0].shape:
-            raise ValueError(f"frames of shape {tuple(frames.shape)} and picture {tuple(image.shape)}: expected (b, f, 3, h, w) and (b, 3, h, w)")
+            raise ValueError(f"frames {tuple(frames.shape)} and picture {tuple(image.shape)}: expected (b, f, 3, h, w) and (b, 3, h, w)")
         flat, difference = (rearrange(x, "b f c h w -> (b f) c h w") for x in (frames, frames - image[:, None]))
         x = self.widen(torch.cat([difference, flat], 1) if self.skip else difference)
         change = rearrange(self.out(self.act(self.norm(x))), "(b f) c h w -> b f c h w", f=frames.shape[1])
@@ -48,7 +48,7 @@ def redrawn(
     n_ddim:int=10, # D of the full chain
     seed:int=0,
 )->Tensor: # like clips
-    "The clips as the policy draws them again from noise level tau, with their first frames as pictures: pairs for the alignment head."
+    "The clips as the policy draws them again from noise level tau, with their first frames as pictures: pairs for a head."
     timesteps, noise = policy.schedule.timesteps(n_ddim, tau), policy.noise(range(len(clips)), seed)
     z_t = corrupt(policy.encode(clips.to(policy.device)).to(noise), noise, policy.schedule.at(int(timesteps[0])))
     return policy.decode(denoise(policy.denoiser(prompts, image=clips[:, 0]), z_t, timesteps, policy.schedule)).clamp(0, 1).float()

@@ -24,17 +24,17 @@ def check_lam(
     "lambda as a tensor; ValueError unless all of it lies in [0, 1]."
     lam = torch.as_tensor(lam, dtype=torch.float32)
     if not ((lam >= 0) & (lam <= 1)).all():
-        raise ValueError(f"lam goes from {lam.min():g} to {lam.max():g}; it must lie in [0, 1]: 1 is the picture as it was, 0 the edited one")
+        raise ValueError(f"lam goes from {lam.min():g} to {lam.max():g}; it must lie in [0, 1]: 1 is the original picture, 0 the edited")
     return lam
 
 def blend_noise(
     eps:Tensor, # noise predicted with the picture as it was (b, ...)
     eps_edit:Tensor, # noise predicted with the edited picture, like eps
-    lam, # number or tensor in [0, 1] that broadcasts over eps: (1, 1, f, 1, 1) frame by frame, (1, 1, 1, h, w) place by place
+    lam, # number or tensor in [0, 1] that broadcasts over eps: (1, 1, f, 1, 1) by frame, (1, 1, 1, h, w) by place
 )->Tensor: # like eps
     "lam eps + (1 - lam) eps_edit, Eq. (4) of InteractiveVideo; ValueError for lam outside [0, 1] or of a shape that does not fit."
     lam = check_lam(lam).to(eps)
-    if eps.shape != eps_edit.shape: raise ValueError(f"eps has shape {tuple(eps.shape)} and eps_edit {tuple(eps_edit.shape)}: expected the same")
+    if eps.shape != eps_edit.shape: raise ValueError(f"eps is {tuple(eps.shape)}, eps_edit {tuple(eps_edit.shape)}: expected the same shape")
     if lam.ndim > eps.ndim or any(m not in (1, n) for m, n in zip(lam.shape[::-1], eps.shape[::-1])):
         raise ValueError(f"lam of shape {tuple(lam.shape)} does not broadcast over noise of shape {tuple(eps.shape)}")
     return lam * eps + (1 - lam) * eps_edit
@@ -77,12 +77,12 @@ def lam_at_step(
     "lambda of every step; ValueError for a list of another length or values outside [0, 1]."
     steps = [int(t) for t in timesteps]
     lams = lam if isinstance(lam, (list, tuple)) else [lam] * len(steps)
-    if len(lams) != len(steps): raise ValueError(f"lam has {len(lams)} entries, but the chain has {len(steps)} steps: expected one for each")
+    if len(lams) != len(steps): raise ValueError(f"lam has {len(lams)} entries, but the chain has {len(steps)} steps: expected as many")
     return {t: check_lam(value) for t, value in zip(steps, lams)}
 
 # %% ../../nbs/interactive/00_blend.ipynb #ec3533c8
 class Pair:
-    "Two conditions of one policy: `plain(z, t)` and `edit(z, t)` alone, exactly as the policy draws them, and `both` in one call of the network."
+    "Two conditions of one policy: `plain(z, t)` and `edit(z, t)` alone, as the policy draws them, and `both` in one call of the network."
     def __init__(
         self,
         policy, # an image-to-video policy
@@ -167,7 +167,8 @@ def noised_still(
     t:int, # training step
 )->Tensor: # like noise
     "z_t of the clip in which the picture stands still."
-    return corrupt(policy.encode(repeat(image.to(policy.device), "b c h w -> b f c h w", f=policy.n_frames)).to(noise), noise, policy.schedule.at(t))
+    still = repeat(image.to(policy.device), "b c h w -> b f c h w", f=policy.n_frames)
+    return corrupt(policy.encode(still).to(noise), noise, policy.schedule.at(t))
 
 def check_reading(reading, start="noise"):
     "ValueError unless reading is one of READINGS and start one of STARTS."
@@ -196,6 +197,7 @@ def denoise_blended(
     model = blended(pair, lam_at) if shared else blended_twins(pair, lam_at, schedule)
     if steer is not None: model = steer(model)
     first, last = int(timesteps[0]), int(timesteps[-1])
-    twins = (noise, noise) if shared and start == "noise" else [noised_still(policy, each["image"], noise, first) for each in (told, told_edit)]
-    if shared: return denoise(model, blend_noise(*twins, lam_at[first]) if start == "picture" else noise, timesteps, schedule, callback=callback)
-    return blend_noise(*denoise(model, torch.cat(twins), timesteps, schedule, callback=callback).chunk(2), lam_at[last])
+    def chain(z): return denoise(model, z, timesteps, schedule, callback=callback)
+    if shared and start == "noise": return chain(noise)
+    twins = [noised_still(policy, each["image"], noise, first) for each in (told, told_edit)]
+    return chain(blend_noise(*twins, lam_at[first])) if shared else blend_noise(*chain(torch.cat(twins)).chunk(2), lam_at[last])

@@ -52,15 +52,15 @@ def fill(
     x:Tensor, # (n, c, h, w)
     hole:Tensor, # (n, 1, h, w) in [0, 1], 1 where x is unknown
 )->Tensor: # like x; unchanged where hole is 0
-    "Fill holes from their surroundings with a pyramid of weighted means; a picture that is all hole becomes black."
-    known = 1 - hole
-    if max(x.shape[2:]) > 1 and (known < 1).any():
-        odd = (0, x.shape[3] % 2, 0, x.shape[2] % 2)
-        share = avg_pool2d(pad(known, odd), 2)
-        mean = avg_pool2d(pad(x * known, odd), 2) / share.clamp(min=1e-6)
-        coarse = interpolate(fill(mean, (share <= 0).to(x)), scale_factor=2, mode="bilinear")[..., :x.shape[2], :x.shape[3]]
-        return known * x + hole * coarse
-    return known * x
+    "Fill holes from their surroundings with a pyramid of means along rows, then columns; a picture that is all hole becomes black."
+    known, (h, w) = 1 - hole, x.shape[2:]
+    if h * w == 1 or (known == 1).all(): return known * x
+    two = (1, 2) if w > 1 else (2, 1)
+    even = (0, w % 2, 0, 0) if w > 1 else (0, 0, 0, h % 2)
+    share = avg_pool2d(pad(known, even), two)
+    mean = avg_pool2d(pad(x * known, even), two) / share.clamp(min=1e-6)
+    coarse = interpolate(fill(mean, (share <= 0).to(x)), scale_factor=two, mode="bilinear")[..., :h, :w]
+    return known * x + hole * coarse
 
 # %% ../../nbs/interactive/03_drag.ipynb #c8625757
 def matte(
@@ -90,7 +90,8 @@ def displaced(
     behind = image if (hole > 0).all() else fill(image, (hole > 0).to(image)) # nothing to fill from: leave it
     clip, touched = behind.expand_as(frames), hole.expand(n_frames, -1, -1, -1)
     for (start, end, _), cut in zip(drags, cuts):
-        piece = moved(repeat(torch.cat([image * cut, cut], 1), "1 c h w -> f c h w", f=n_frames), time * (torch.tensor(end) - torch.tensor(start)))
+        piece = repeat(torch.cat([image * cut, cut], 1), "1 c h w -> f c h w", f=n_frames)
+        piece = moved(piece, time * (torch.tensor(end) - torch.tensor(start)))
         clip, touched = clip * (1 - piece[:, 3:]) + piece[:, :3], torch.maximum(touched, piece[:, 3:])
     return torch.cat([image, clip[1:]])[None], touched[None]
 

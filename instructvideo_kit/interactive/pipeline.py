@@ -13,7 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..diffusion.sampling import denoise
 from ..files import KitError
-from .blend import blend_noise, check_lam, check_reading, denoise_blended, lam_at_step, masked, noised_still
+from .blend import (
+    blend_noise, check_lam, check_reading, denoise_blended, lam_at_step, masked, noised_still)
 from .drag import displaced, steered
 from .session import pixels
 from ..policy.base import check_image
@@ -27,7 +28,8 @@ def opened(
     try:
         with Image.open(picture) as file: return ImageOps.exif_transpose(file)
     except FileNotFoundError: raise KitError(f'there is no picture "{picture}"') from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error: raise KitError(f'"{picture}" does not open as a picture: {str(error)[:120]}') from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise KitError(f'"{picture}" does not open as a picture: {str(error)[:120]}') from None
 
 def to_image(
     picture, # path, PIL image of any mode, or tensor (3, h, w) or (1, 3, h, w) in [0, 1]
@@ -35,7 +37,7 @@ def to_image(
 )->Tensor: # (1, 3, h, w) float32 in [0, 1]
     "Any picture as a policy takes it: upright, RGB, its middle cut to the shape wanted and resized. KitError for what is no picture."
     x = torch.from_numpy(pixels(opened(picture))).permute(2, 0, 1)[None]
-    if not x.isfinite().all() or x.min() < -.01 or x.max() > 1.01: raise KitError(f"the picture goes from {x.min():.3g} to {x.max():.3g}; expected [0, 1]")
+    if not (x.min() >= -.01 and x.max() <= 1.01): raise KitError(f"the picture goes from {x.min():.3g} to {x.max():.3g}; expected [0, 1]")
     if tuple(x.shape[2:]) == tuple(size): return x.contiguous()
     scale = max(n / m for n, m in zip(size, x.shape[2:]))
     x = interpolate(x, [max(n, round(m * scale)) for n, m in zip(size, x.shape[2:])], mode="bicubic", antialias=True).clamp(0, 1)
@@ -95,7 +97,7 @@ class InteractivePipeline:
     ):
         self.i2v, self.t2v, self.join, self.size = i2v_policy, t2v_policy, join, i2v_policy.size
         if t2v_policy is not None and tuple(t2v_policy.size) != tuple(self.size):
-            raise ValueError(f"the image stage draws {t2v_policy.size[0]}x{t2v_policy.size[1]} pixels, the video stage takes {self.size[0]}x{self.size[1]}: expected the same")
+            raise ValueError(f"the image stage draws pictures of {tuple(t2v_policy.size)} pixels, the video stage takes {tuple(self.size)}: expected the same")
 
     def to_image(self, picture)->Tensor: # (1, 3, h, w)
         "Any picture as this pipeline takes it, see to_image."
@@ -142,7 +144,7 @@ class InteractivePipeline:
         guidance_scale:float=None, # w; None: the policy's own
         start:str="picture", # of the chain: the picture's noised still, or "noise"
         follow:float=.8, # share of the steps that go to the displaced clip, in [0, 1]
-        hold:float=0., # share of the steps in which the painted place goes to the edited picture itself, in [0, 1]; where there is no arrow
+        hold:float=0., # share of the steps in which the painted place goes to the edited picture itself; without arrows
         progress=None, # called (steps done, n_ddim)
         stop=None, # called without arguments after each step; True ends the run
     )->Tensor: # clip (1, f, 3, h, w) in [0, 1]; None when stopped
@@ -153,15 +155,17 @@ class InteractivePipeline:
         if mask is not None: lams = [masked(value, self.check_mask(mask), self.i2v.latent_shape[2:]) for value in lams]
         text = self.join(prompt, motion)
         told, noise = [self.told(text, each) for each in (image, edited)], self.i2v.noise([0], seed)
+        still = edited[:, None].expand(-1, self.i2v.n_frames, -1, -1, -1)
         if drags: steer = self.steering(self.target(image, edited, drags, lams[0]), follow, [0.] * n_ddim)
-        else: steer = self.steering(self.latents(edited[:, None].expand(-1, self.i2v.n_frames, -1, -1, -1)), hold, self.where_painted(image, edited, lams)) if hold else None
-        try: z_0 = denoise_blended(self.i2v, *told, noise, lams, reading, n_ddim, guidance_scale, watcher(n_ddim, progress, stop), steer, start)
+        else: steer = self.steering(self.latents(still), hold, self.where_painted(image, edited, lams)) if hold else None
+        watch = watcher(n_ddim, progress, stop)
+        try: z_0 = denoise_blended(self.i2v, *told, noise, lams, reading, n_ddim, guidance_scale, watch, steer, start)
         except Stopped: return None
         return self.i2v.decode(z_0).clamp(0, 1)
 
     def check_mask(self, mask):
         "ValueError unless the mask is of the picture's size."
-        if tuple(mask.shape) != (1, 1, *self.size): raise ValueError(f"mask of shape {tuple(mask.shape)}: expected (1, 1, h, w) = (1, 1, {self.size[0]}, {self.size[1]})")
+        if tuple(mask.shape) != (1, 1, *self.size): raise ValueError(f"mask of shape {tuple(mask.shape)}: expected (1, 1, h, w) = {(1, 1, *self.size)}")
         return mask
 
     def where_painted(self, image, edited, lams)->list: # of tensors, one per step

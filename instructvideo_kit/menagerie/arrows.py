@@ -69,7 +69,8 @@ def arrow_cases(
 )->list: # of ArrowCase
     "Resting animals of evaluation captions, each with an arrow."
     rng, pool = np.random.default_rng([seed, 41]), [s for s in combinations("evaluation") if s.motion == "rest"]
-    scenes = [Scene(s.species, s.motion, s.place, int(rng.integers(2 ** 31))) for s in (pool[i] for i in rng.permutation(len(pool))[:n])]
+    chosen = [pool[i] for i in rng.permutation(len(pool))[:n]]
+    scenes = [Scene(s.species, s.motion, s.place, int(rng.integers(2 ** 31))) for s in chosen]
     clips, empty = render(scenes), without_subject(scenes)
     starts = centroids(clips[:, :1], empty[:, :1])[:, 0].tolist()
     return [ArrowCase(*parts, (tuple(start), arrow_from(rng, start, clips.shape[-1]), radius)) for *parts, start in zip(scenes, clips, empty, starts)]
