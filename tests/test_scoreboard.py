@@ -50,6 +50,8 @@ def test_page_has_every_claim_and_keeps_those_that_fail(out):
     assert all(f"`{c.id}`" in text for c in CLAIMS)
     assert verdicts["iv-fig5a-draft"].verdict == HOLDS and verdicts["iv-fig5a-rwr"].verdict == FAILS
     assert "Of DRaFT-1: yes: +0." in text and "Of RWR: no: -0." in text
+    study = text.split("## What the weights")[1]
+    assert study.count("\n| lambda ") == 5 and "| all frames (no SegVR) | **-0.2" in study
     row = next(line for line in text.splitlines() if "`iv-fig5a-rwr`" in line)
     assert "does not hold" in row and "the opposite" in row and "`reproduce iv-fig5a-rwr`" in row
     for name in scoreboard.PICTURES:
