@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """What the four instructions of InteractiveVideo do, and what they cost.
 
-    python benchmarks/interactive.py                               # all parts, about four minutes on one core
+    python benchmarks/interactive.py                               # all parts, about ten minutes on one core
     python benchmarks/interactive.py --only drag overhead --cases 16
 
 Parts: `painting` (does a red blob painted at a place show there in the clip, by seed, with an interval), `drag` (does the animal end where the arrow points, against clips without an
 arrow), `overhead` (a blended run against two plain runs), `latency` (the paper's Table 2 beside ours, with memory). Times are medians of runs in turn.
 """
 import argparse
+import functools
 import json
 import statistics
 from pathlib import Path
@@ -51,12 +52,15 @@ def painting(pipeline, args):
     session.stroke([at], "#e01818", 9)
     session.mask_stroke([at], 11)
     painted, where, elsewhere = session.paint(picture), disc(at, 4, (32, 32)), 1 - disc(at, 8, (32, 32))
-    ways = {"lambda 0": dict(lam=0.), "lambda .25": dict(lam=.25), "lambda .5": dict(lam=.5), "lambda .75": dict(lam=.75), "lambda 0, masked": dict(lam=0., mask=session.mask()), "lambda 0, masked, hold .6": dict(lam=0., mask=session.mask(), hold=.6),
-            "lambda 0, first half of the steps": dict(lam=lambda_schedule("window", args.n_ddim, 0., window=(0, .5))), "lambda 0, from noise": dict(lam=0., start="noise")}
+    ways = {**{f"lambda {lam:g}": dict(lam=lam) for lam in (0., .25, .5, .75)}, "lambda 0, masked": dict(lam=0., mask=session.mask()),
+            "lambda 0, masked, hold .6": dict(lam=0., mask=session.mask(), hold=.6),
+            "lambda 0, first half of the steps": dict(lam=lambda_schedule("window", args.n_ddim, 0., window=(0, .5))), "lambda 0, guidance 1": dict(lam=0., guidance_scale=1.)}
     go = lambda seed, **k: pipeline.video(picture, scene.caption, seed=seed, n_ddim=args.n_ddim, **k)
-    plain = [go(seed) for seed in range(args.seeds)]
+    @functools.cache
+    def unpainted(**k): return [go(seed, **k) for seed in range(args.seeds)] # with the same guidance
     found = {}
     for name, way in ways.items():
+        plain = unpainted(**{k: v for k, v in way.items() if k == "guidance_scale"})
         clips = [go(seed, edited=painted, **way) for seed in range(args.seeds)]
         change = statistics.mean(((a - b).abs() * elsewhere).mean().item() for a, b in zip(clips, plain))
         found[name] = dict(interval([redness(c, where) for c in plain], [redness(c, where) for c in clips]), elsewhere=change)

@@ -55,7 +55,7 @@ def img2img(
     n_ddim:int=20, # D of the full chain
     guidance_scale:float=None, # w; None: the policy's own
 )->Tensor: # (1, 3, h, w) in [0, 1]
-    "P_img of Eq. (1) of InteractiveVideo: SDEdit of a picture, or a new one. ValueError for strength outside [0, 1] or a picture of another size."
+    "P_img of Eq. (1) of InteractiveVideo: SDEdit of a picture, or a new one. ValueError for strength outside [0, 1] or another size."
     if not 0 <= strength <= 1: raise ValueError(f"strength is {strength}: expected 0 (keep the picture) to 1 (only the text counts)")
     if image is not None: check_image(image, policy.size)
     if image is not None and strength == 0: return image
@@ -97,7 +97,7 @@ class InteractivePipeline:
     ):
         self.i2v, self.t2v, self.join, self.size = i2v_policy, t2v_policy, join, i2v_policy.size
         if t2v_policy is not None and tuple(t2v_policy.size) != tuple(self.size):
-            raise ValueError(f"the image stage draws pictures of {tuple(t2v_policy.size)} pixels, the video stage takes {tuple(self.size)}: expected the same")
+            raise ValueError(f"the image stage draws {tuple(t2v_policy.size)} pixels, the video stage takes {tuple(self.size)}: expected the same")
 
     def to_image(self, picture)->Tensor: # (1, 3, h, w)
         "Any picture as this pipeline takes it, see to_image."
@@ -165,7 +165,8 @@ class InteractivePipeline:
 
     def check_mask(self, mask):
         "ValueError unless the mask is of the picture's size."
-        if tuple(mask.shape) != (1, 1, *self.size): raise ValueError(f"mask of shape {tuple(mask.shape)}: expected (1, 1, h, w) = {(1, 1, *self.size)}")
+        if tuple(mask.shape) != (1, 1, *self.size):
+            raise ValueError(f"mask of shape {tuple(mask.shape)}: expected (1, 1, h, w) = {(1, 1, *self.size)}")
         return mask
 
     def where_painted(self, image, edited, lams)->list: # of tensors, one per step
