@@ -63,7 +63,7 @@ def fit_head(
     seed:int=0,
 )->list: # loss of every step
     "Train a head to give the clips back, by squared error; ValueError for clips of unequal shape."
-    if drawn.shape != clips.shape: raise ValueError(f"drawn clips of shape {tuple(drawn.shape)}, but clips of {tuple(clips.shape)}: expected pairs")
+    if drawn.shape != clips.shape: raise ValueError(f"drawn is {tuple(drawn.shape)}, but clips {tuple(clips.shape)}: expected pairs")
     g, optimiser, losses = torch.Generator().manual_seed(seed), torch.optim.Adam(head.parameters(), lr), []
     for step in range(steps):
         for group in optimiser.param_groups: group["lr"] = lr * (1 - step / steps)
