@@ -70,7 +70,7 @@ def painting(pipeline, args):
 
 def drag(pipeline, args):
     "Share of cases that end near the arrow's end, with the arrow and without."
-    cases, found = arrow_cases(args.cases), {}
+    cases, found = arrow_cases(args.cases, args.case_seed), {}
     ways = {"no arrow": {}, **{f"arrow, follow {share:g}": dict(follow=share) for share in args.follow}}
     for name, way in ways.items():
         go = lambda i, c: pipeline.video(c.clip[:1], c.scene.caption, drags=[c.drag] if way else (), seed=i, n_ddim=args.n_ddim, **way)[0]
@@ -78,7 +78,7 @@ def drag(pipeline, args):
         found[name] = dict(hits=sum(d <= GOAL for d in far) / len(far), distance=statistics.mean(far), distances=far)
         print(f"{name}: {found[name]['hits']:.0%} of {len(far)} within {GOAL:.0%} of the frame, mean distance {found[name]['distance']:.3f}", flush=True)
     far = [c.distance(displaced(c.clip[:1], [c.drag], len(c.clip))[0][0]) for c in cases]
-    return dict(goal=GOAL, cases=args.cases, ways=found, displaced_clip=sum(d <= GOAL for d in far) / len(far))
+    return dict(goal=GOAL, cases=args.cases, case_seed=args.case_seed, ways=found, displaced_clip=sum(d <= GOAL for d in far) / len(far))
 
 
 def overhead(pipeline, args):
@@ -130,6 +130,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
     parser.add_argument("--seeds", type=int, default=16, help="of painting")
     parser.add_argument("--cases", type=int, default=32, help="of drag")
+    parser.add_argument("--case-seed", type=int, default=0, help="which arrows; 0 is the set that the filling of the hole was chosen on")
     parser.add_argument("--follow", type=float, nargs="+", default=[.8], help="shares of the steps that follow the arrow")
     parser.add_argument("--n-ddim", type=int, default=10)
     parser.add_argument("--device", default="cpu")
