@@ -1,5 +1,5 @@
 "The edit session: laws of undo and redo, files good and bad, and what a brush changes and leaves alone."
-import json, math, subprocess, sys, time
+import json, math, subprocess, sys
 import numpy as np, pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 from PIL import Image
@@ -281,13 +281,3 @@ def test_killed_while_saving_leaves_the_old_file(tmp_path, monkeypatch):
 def test_session_needs_no_torch():
     code = "import sys; from instructvideo_kit.interactive.session import EditSession; s = EditSession(8, 8); s.stroke([(1, 1)]); s.preview(__import__('PIL.Image').Image.new('RGB', (8, 8))); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
-
-def test_instructions_answer_under_100_ms():
-    "Median of five, on a photograph: add a stroke to twenty others, paint."
-    session, image, points = EditSession(512, 512), Image.new("RGB", (512, 512)), [(100 + 4*i, 256 + 40*math.sin(i/4)) for i in range(50)]
-    for _ in range(20): session.stroke(points, "teal", 16, 0.5)
-    def once():
-        started = time.process_time()
-        session.stroke(points, "red", 16); session.paint(image)
-        return time.process_time() - started
-    assert sorted(once() for _ in range(5))[2] < 0.3 # 0.1 on a quiet machine; a busy one also slows its clock of CPU seconds
