@@ -189,7 +189,7 @@ def test_schedulers_that_cannot_be_followed_are_refused():
 def test_the_door_knows_the_kind(opened):
     assert [type(opened[k]).__name__ for k in KINDS] == ["VideoPolicy", "CogVideoXPolicy", "WanPolicy", "StableVideoDiffusionPolicy"]
     assert {k: opened[k].latent_shape for k in KINDS} == LATENTS
-    assert len(kinds(VideoPolicy)) == 4
+    assert len(kinds(VideoPolicy)) == 5 # and FirstFramePolicy, in test_first_frame.py
 
 @pytest.mark.parametrize("name", [*KINDS, "cogvideox-rotary"])
 @pytest.mark.parametrize("w", [1.0, 3.0])
