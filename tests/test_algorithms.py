@@ -141,6 +141,12 @@ def test_rwr_by_hand():
     assert torch.allclose(torch.autograd.grad(loss, errors)[0], slopes(lambda x: rwr.rwr_loss(x, r), errors.detach()))
 
 
+def test_rwr_says_when_no_caption_comes_twice(folder, tmp_path):
+    config = rwr.RWRConfig(**DRAWN, n_samples=2, epochs=2, per_prompt=True)
+    with pytest.raises(KitError, match="2 clips are of 2 captions: each would weigh 1"): rwr.tune(open_policy(folder), redness, PROMPTS, config, tmp_path/"run", progress=False)
+    rwr.tune(open_policy(folder), redness, PROMPTS[:1], config, tmp_path/"one", progress=False, stop_after=1)
+
+
 def test_refl_by_hand():
     R = torch.tensor([-1., 1.5, 2., 4.], dtype=torch.float64, requires_grad=True)
     assert refl.refl_loss(R).item() == pytest.approx(1e-3*(3 + .5)/4)

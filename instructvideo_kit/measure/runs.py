@@ -461,7 +461,7 @@ CELLS = [
     Cell("base", points=at(0)),
     Cell("iv", "instructvideo", points=at(10, 20, 40)),
     Cell("draft", "draft", {"n_segments": 4, "lam_tar": 1.}, at(6, 12, 25)), # SegVR and TAR "for all compared methods"
-    Cell("rwr", "rwr", {"n_samples": 40}, at(40, 80)),
+    Cell("rwr", "rwr", points=at(130, 260)),
     Cell("ddpo", "ddpo", {"batch": 8}, at(6, 14)),
     Cell("base-steps", points=((0, Held(n_ddim=20)), (0, Held(n_ddim=50)))),
     *(Cell(f"data-{kind}", "data", clips=kind, points=at(0)) for kind in ("clean", "usual", "spoiled")),

@@ -79,6 +79,7 @@ class RWR:
         config, n = self.config, len(self.prompts) if self.config.source == "clips" else self.config.n_samples
         first, given = number*n, config.source == "clips"
         prompts = self.prompts if given else [self.prompts[i] for i in clip_order(range(first, first + n), len(self.prompts), config.seed)]
+        need(not config.per_prompt or len(set(prompts)) < n, f"per_prompt is on, but {n} clips are of {n} captions: each would weigh 1; give fewer captions than n_samples, or turn it off")
         def make(numbers):
             if not numbers: return []
             words = [prompts[i] for i in numbers]
