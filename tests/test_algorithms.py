@@ -143,7 +143,8 @@ def test_rwr_by_hand():
 
 def test_rwr_says_when_no_caption_comes_twice(folder, tmp_path):
     config = rwr.RWRConfig(**DRAWN, n_samples=2, epochs=2, per_prompt=True)
-    with pytest.raises(KitError, match="2 clips are of 2 captions: each would weigh 1"): rwr.tune(open_policy(folder), redness, PROMPTS, config, tmp_path/"run", progress=False)
+    with pytest.raises(KitError, match="2 clips are of 3 captions: each would weigh 1"): rwr.tune(open_policy(folder), redness, PROMPTS, config, tmp_path/"run", progress=False)
+    assert not (tmp_path/"run").exists()
     rwr.tune(open_policy(folder), redness, PROMPTS[:1], config, tmp_path/"one", progress=False, stop_after=1)
 
 

@@ -79,7 +79,6 @@ class RWR:
         config, n = self.config, len(self.prompts) if self.config.source == "clips" else self.config.n_samples
         first, given = number*n, config.source == "clips"
         prompts = self.prompts if given else [self.prompts[i] for i in clip_order(range(first, first + n), len(self.prompts), config.seed)]
-        need(not config.per_prompt or len(set(prompts)) < n, f"per_prompt is on, but {n} clips are of {n} captions: each would weigh 1; give fewer captions than n_samples, or turn it off")
         def make(numbers):
             if not numbers: return []
             words = [prompts[i] for i in numbers]
@@ -126,6 +125,9 @@ def tune(
     config = config or RWRConfig()
     if config.source == "clips":
         need(hasattr(data, "captions") or (len(data) and not isinstance(data[0], str)), 'source is "clips" but captions alone were given; give (clip, caption) pairs, or source "policy"')
+    if config.per_prompt:
+        drawn, captions = len(data) if config.source == "clips" else config.n_samples, len(set(prompts_of(data)))
+        need(captions < drawn, f"per_prompt is on, but {drawn} clips are of {captions} captions: each would weigh 1; give fewer captions than clips of a round, or turn it off")
     return run(RWR, policy, reward, data, config, run_dir, resume, evaluate, stop_after, progress, stop)
 
 def step_cost(
