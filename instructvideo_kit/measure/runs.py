@@ -280,7 +280,8 @@ def run_folder(
 def _data_of(cell):
     "What the algorithm tunes on: clips with captions, or the captions alone."
     clips, captions = drawn_clips(cell.clips, cell.n_clips, cell.seed)
-    return list(zip(clips, captions)) if cell.algorithm == "instructvideo" else captions
+    given = cell.algorithm == "instructvideo" or getattr(config_of(cell), "source", "policy") == "clips"
+    return list(zip(clips, captions)) if given else captions
 
 def _judge_of(cell, judges):
     "What the algorithm tunes with."
