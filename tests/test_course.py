@@ -221,3 +221,13 @@ def test_slides_need_no_require_js():
     page = '<script src="https://x/require.min.js"></script><script src="https://x/jquery.min.js"></script>text<script>\nrequire(\n {}, function(R){ R.initialize({}) });\n</script></html>'
     made = slides.start_plainly(page, "reveal.js")
     assert "require" not in made and "jquery" not in made and 'src="reveal.js/dist/reveal.js"' in made and made.startswith("text")
+
+@every_master
+def test_quiz_is_of_the_usual_form(path):
+    from instructvideo_kit.check.quiz import QUIZZES
+    number, (questions,) = path.name[:2], [s for s in map(editions.source, cells_of(path)) if "## Quiz" in s]
+    asked = re.split(r"(?m)^\*\*(?=[123]\.\*\* )", questions.split("## Quiz")[1])[1:]
+    assert [q[0] for q in asked] == ["1", "2", "3"] and all(f"({letter}) " in q.replace("\n", " ") for q in asked for letter in "abc")
+    assert f"check.quiz('{number}', None, None, None);" in text_of(path, "code"), "the answers at once"
+    answer = re.search(r"<summary>Answer</summary>(.*?)</details>", text_of(path, "markdown"), re.S)[1]
+    for i, question in enumerate(QUIZZES[number], 1): assert re.search(rf"\b{i} {question.right}\b", answer), f"question {i}: {question.right}"
