@@ -5,12 +5,14 @@
     python benchmarks/interactive.py --only drag overhead --cases 16
 
 Parts: `painting` (does a red blob painted at a place show there in the clip, by seed, with an interval), `drag` (does the animal end where the arrow points, against clips without an
-arrow), `overhead` (a blended run against two plain runs), `latency` (the paper's Table 2 beside ours, with memory). Times are medians of runs in turn.
+arrow), `alignment` (the paper's Table 1: are frames closer to the edited picture and to the text), `overhead` (a blended run against two plain runs), `latency` (the paper's
+Table 2 beside ours, with memory). Times are medians of runs in turn.
 """
 import argparse
 import functools
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,11 +25,15 @@ from instructvideo_kit.interactive.blend import lambda_schedule
 from instructvideo_kit.interactive.drag import disc, displaced
 from instructvideo_kit.interactive.pipeline import InteractivePipeline
 from instructvideo_kit.interactive.session import EditSession
+from instructvideo_kit.measure.metrics import alignment as cosine
 from instructvideo_kit.measure.metrics import paired_bootstrap
 from instructvideo_kit.menagerie.arrows import arrow_cases
+from instructvideo_kit.menagerie.captions import prompts
 from instructvideo_kit.menagerie.defects import render
+from instructvideo_kit.menagerie.oracle import parse
 from instructvideo_kit.menagerie.world import Scene
 from instructvideo_kit.policy import VideoPolicy
+from instructvideo_kit.reward.clip import ClipReward
 
 PAPER = {"image instruction": .01934, "content instruction": .03147, "motion instruction (the video)": 12.22, "trajectory instruction": .07735}
 GOAL = .15 # of the frame's width, from the arrow's end
@@ -81,6 +87,27 @@ def drag(pipeline, args):
     return dict(goal=GOAL, cases=args.cases, case_seed=args.case_seed, ways=found, displaced_clip=sum(d <= GOAL for d in far) / len(far))
 
 
+def alignment(pipeline, args):
+    "Cosine of a clip's frames with the edited picture and with the text: another animal stands in the picture, the edit draws the one the text names. By caption."
+    judge, found = ClipReward.from_pretrained("menagerie"), {}
+    wanted = [parse(caption) for caption in prompts(args.captions, "evaluation", "in-domain")]
+    pictures = [render([replace(scene, species=wanted[i - 1].species, seed=i)])[:, 0] for i, scene in enumerate(wanted)]
+    edits = [pipeline.image(scene.caption, picture, .8, seed=i, n_ddim=args.n_ddim) for i, (scene, picture) in enumerate(zip(wanted, pictures))]
+    targets = {"image": judge.image_features(torch.stack(edits, 1))[0], "text": judge.text_features([scene.caption for scene in wanted])}
+    def cosines(**way):
+        "By target, one number for each caption."
+        clips = [pipeline.video(picture, scene.caption, seed=i, n_ddim=args.n_ddim, **(dict(way, edited=edit) if way else {}))
+                 for i, (scene, picture, edit) in enumerate(zip(wanted, pictures, edits))]
+        seen = judge.image_features(torch.cat(clips))
+        return {name: cosine(seen, target).tolist() for name, target in targets.items()}
+    plain = cosines()
+    for lam in (.75, .5, .25, 0.):
+        blended = cosines(lam=lam)
+        found[f"lambda {lam:g}"] = {name: dict(interval(plain[name], blended[name]), without=statistics.mean(plain[name]), blended=statistics.mean(blended[name])) for name in targets}
+        print(f"lambda {lam:g}: {found[f'lambda {lam:g}']}", flush=True)
+    return dict(captions=args.captions, ways=found)
+
+
 def overhead(pipeline, args):
     "Seconds of a blended run against those of two plain runs."
     scene = Scene("fox", "rest", "meadow", 3)
@@ -120,7 +147,7 @@ def table(found):
     return "\n".join(["| process | paper, RTX 4090 | here | peak MiB of tensors |", "|---|---|---|---|", *rows])
 
 
-PARTS = {"painting": painting, "drag": drag, "overhead": overhead, "latency": latency}
+PARTS = {"painting": painting, "drag": drag, "alignment": alignment, "overhead": overhead, "latency": latency}
 
 
 def main():
@@ -129,6 +156,7 @@ def main():
     parser.add_argument("--images", default="menagerie", help="text-to-video policy of the image stage")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
     parser.add_argument("--seeds", type=int, default=16, help="of painting")
+    parser.add_argument("--captions", type=int, default=32, help="of alignment")
     parser.add_argument("--cases", type=int, default=32, help="of drag")
     parser.add_argument("--case-seed", type=int, default=0, help="which arrows; 0 is the set that the filling of the hole was chosen on")
     parser.add_argument("--follow", type=float, nargs="+", default=[.8], help="shares of the steps that follow the arrow")

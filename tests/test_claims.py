@@ -170,3 +170,12 @@ def test_points_of_equal_compute():
     online = runs.compute(named["ovpo"], 12)
     for name, step in (("offline", 12), ("refl-video", 38), ("ovpo-image", 12)): assert .95 < runs.compute(named[name], step)/online < 1.05, name
     assert not trains(named["base"]) and Held().cost == 2*32*10
+
+
+def test_every_algorithm_takes_what_its_cell_gives_it(tmp_path):
+    firsts = {c.algorithm: c for c in reversed(CELLS) if trains(c)}.values()
+    small = [replace(c, overrides={**c.overrides, "batch": 2}, n_clips=4, points=((1, Held((1, 0, 0), n_ddim=2)),)) for c in firsts]
+    assert len(small) == 7 and runs.run_cells(small, tmp_path, progress=False) == []
+    for cell in small:
+        done = Result.load(result_path(tmp_path, cell, *cell.points[0]))
+        assert done.step == 1 and done.compute > 0 and len(done.rows) == 1, cell.name

@@ -157,6 +157,7 @@ def run(
     stop=None, # stop() -> bool, asked after each step: stop, saved
 )->TuneResult:
     "Tune a policy with an algorithm: a LoRA, a log and checkpoints in run_dir; KitError for bad input, before anything is written."
+    need(stop_after is None or stop_after >= 1, f"stop_after is {stop_after}, expected 1 step or more")
     prompts, accelerator = check_start(policy, data, config), make_accelerator(config, policy.device, run_dir)
     if wants_split(accelerator): check_split(config)
     for part in (policy, reward):
