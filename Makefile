@@ -5,12 +5,12 @@
 ROOT_FLAG := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
 help:
-	@echo "make demo             tune a small text-to-video model and open a report: runs/demo/report.html"
+	@echo "make demo             tune a small text-to-video model and write a report: runs/demo/report.html (ARGS=--quick: a minute)"
 	@echo "make test             notebooks clean and exported, notebooks and both editions of the tutorials run, pytest"
 	@echo "make lab              JupyterLab at the first tutorial"
 	@echo "make export           notebooks -> modules, then clean the notebooks"
 	@echo "make editions         tutorials -> tutorials/student and tutorials/solved"
-	@echo "make docs             the documentation site: build/site/index.html (pip install -e .[docs] first)"
+	@echo "make docs             the documentation site: build/site/index.html (says what to install first)"
 	@echo "make slides           a reveal.js presentation of each tutorial: build/slides"
 	@echo "make clean-notebooks  remove what does not belong into a commit"
 
@@ -24,7 +24,7 @@ test: setup
 	@.venv/bin/python .ci/test.py $(ARGS)
 
 lab: setup
-	@.venv/bin/jupyter lab $(ROOT_FLAG) tutorials/student/01_start_here.ipynb
+	@.venv/bin/jupyter lab $(ROOT_FLAG) --LabApp.default_url=/lab/tree/tutorials/student/01_start_here.ipynb
 
 export: setup
 	@.venv/bin/nbdev_export && .venv/bin/python .ci/clean.py

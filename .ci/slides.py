@@ -62,9 +62,12 @@ def main():
     parser.add_argument("prefixes", nargs="*", help="only tutorials whose names begin so")
     chosen = parser.parse_args()
     out = ROOT/"build/slides"
-    bad = [p.name for p in masters(chosen.prefixes) if not build(p, chosen.reveal, out)]
+    bad = []
+    for path in masters(chosen.prefixes):
+        print(f"slides: {path.stem}", flush=True)
+        if not build(path, chosen.reveal, out): bad.append(path.name)
     if bad: sys.exit(f"slides: failed for {', '.join(bad)}")
-    print(f"slides: {out}")
+    print(f"slides: open {out}/*.slides.html; reveal.js comes from {chosen.reveal}")
 
 
 if __name__ == "__main__": main()

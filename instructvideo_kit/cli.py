@@ -106,6 +106,11 @@ def demo(
     run_demo(out, quick, seed, preset)
 
 # %% ../nbs/95_cli.ipynb #f4344f66
+def _need_data(data):
+    "KitError for a path that is not there, before anything heavy is imported."
+    if data != "menagerie" and not Path(data).exists():
+        raise KitError(f'--data "{data}": there is no such folder or file; give a folder with metadata.csv, a list file, or menagerie')
+
 def _clips(data, policy, seed):
     "Clips of the menagerie, or of a folder or list with its report printed."
     from instructvideo_kit.demo import menagerie_clips
@@ -161,7 +166,7 @@ def _memory_of(policy, reward, config):
 @app.command()
 def tune(
     data: Annotated[str, typer.Option(help="Folder with metadata.csv (file_name,text), a list of path|||caption lines, or menagerie.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run: a new one, or with --resume the one to go on with.")],
+    out: Annotated[Optional[Path], typer.Option(help="Folder of the run: a new one, or with --resume the one to go on with; runs/ALGORITHM by default.")] = None,
     policy: Policy = None,
     reward: Reward = None,
     algorithm: Annotated[str, typer.Option(help="instructvideo, draft, vader, refl, rwr, ddpo, dpo or onlinevpo.")] = "instructvideo",
@@ -173,8 +178,10 @@ def tune(
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="field=value of the preset; may be repeated.")] = None,
 ):
     "Tune a policy with a reward, on captioned clips (InstructVideo, RWR) or on their captions alone."
-    prepare()
     if algorithm not in ALGORITHMS: raise KitError(f'--algorithm is "{algorithm}"; {near(algorithm, ALGORITHMS)}')
+    _need_data(data)
+    prepare()
+    out = out or Path("runs")/algorithm
     from instructvideo_kit.policy import VideoPolicy
     from instructvideo_kit.tuning.trainer import load_preset
     module = import_module(f"instructvideo_kit.tuning.{ALGORITHMS[algorithm][0]}")
@@ -257,6 +264,7 @@ def evaluate(
     out: Annotated[Optional[Path], typer.Option(help="Folder for the figures; default: evaluation-d20 in the run folder.")] = None,
 ):
     "Compare the base policy with the tuned one, from the same noise, by the reward it was tuned with."
+    if not run.exists(): raise KitError(f'there is no folder "{run}"; give the run folder of `tune`, or a folder that holds a LoRA')
     prepare()
     from instructvideo_kit.demo import evaluate_before_after, find_lora
     from instructvideo_kit.measure.report import save_comparison, verdict

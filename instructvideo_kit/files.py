@@ -24,7 +24,8 @@ def near(
     known = sorted(str(k) for k in known)
     close = difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.55)
     if close: return "did you mean " + " or ".join(f'"{c}"' for c in close) + "?"
-    return "there is " + ", ".join(f'"{k}"' for k in known) if known else "there is none yet"
+    shown = ", ".join(f'"{k}"' for k in known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+    return f"there is {shown}" if known else "there is none yet"
 
 # %% ../nbs/00_files.ipynb #e61482cb
 KINDS = ("policy", "reward", "videoscore", "oracle", "preset")

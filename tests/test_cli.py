@@ -81,6 +81,7 @@ def test_evaluate(home):
 
 def test_evaluate_without_captions_or_lora(home):
     refused(call("evaluate", home/"run"), "--prompts")
+    refused(call("evaluate", home/"nowhere"), "there is no folder", "nowhere")
     refused(call("evaluate", home/"clips", "--prompts", home/"said.txt"), "no LoRA in", "clips")
     refused(call("evaluate", home/"run", "--prompts", home/"nothing.txt"), "nothing.txt", "No such file")
 
@@ -108,7 +109,7 @@ def test_unknown_model(home, tmp_path, kind):
 
 
 def test_bad_data(home, tmp_path):
-    refused(tune(home, tmp_path/"out", data="nowhere"), "no folder or list")
+    refused(tune(home, tmp_path/"out", data="nowhere"), 'nowhere": there is no such folder or file')
     (home/"bare").mkdir(); (home/"bare/a.mp4").write_bytes((home/"clips/a.mp4").read_bytes())
     refused(tune(home, tmp_path/"out", data="bare"), "no captions", "metadata.csv")
     (home/"broken").mkdir(); (home/"broken/x.mp4").write_text("not a video")

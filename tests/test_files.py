@@ -55,4 +55,7 @@ def test_atomic_keeps_the_suffix(tmp_path):
         beside.write_bytes(b"x")
     assert (tmp_path/"clip.mp4").read_bytes() == b"x"
 
+def test_near_lists_no_more_than_twenty(): assert near("q", map(str, range(100, 150))).endswith('"119" and 30 more')
+
+
 def test_near_is_case_blind_and_lists(): assert near("MENAGERIE", ["menagerie"]) == 'did you mean "menagerie"?' and near("q", ["b", "a"]) == 'there is "a", "b"'
