@@ -4,7 +4,7 @@ Pages are gathered in build/pages: the README, the symbol table, the tutorials w
 in comments beside its parameters, so the page shows the head of each function as it stands), the pages for teachers, and the scoreboard.
 Formulas are set by MathJax, which the reader's browser fetches; without a network they stay as they are written.
 """
-import ast, json, re, shutil, subprocess, sys
+import ast, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +92,9 @@ def main():
     except ImportError: sys.exit("docs: mkdocs is not installed; run .venv/bin/python -m pip install -e '.[docs]'")
     config = dict(STYLE, site_name="instructvideo_kit", docs_dir=str(PAGES), site_dir=str(SITE), nav=pages())
     (ROOT/"build/mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--quiet", "--clean", "-f", ROOT/"build/mkdocs.yml"], cwd=ROOT/"build") # its cache stays there
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--clean", "-f", ROOT/"build/mkdocs.yml"]
+    quiet = dict(os.environ, NO_MKDOCS_2_WARNING="1") # the theme's advertisement for its successor
+    done = subprocess.run(command, cwd=ROOT/"build", env=quiet) # its cache stays there
     if done.returncode: sys.exit(done.returncode)
     print(f"docs: {SITE/'index.html'}")
 
