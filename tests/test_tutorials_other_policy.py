@@ -41,7 +41,7 @@ def test_the_second_line_is_taken():
     assert other_line(cell, {"org/name": Path("/small")}) == "MODEL, DEVICE = '/small', 'cpu'"
     assert other_line("print(MODEL)", {}) is None
 
-@pytest.mark.parametrize("path", tutorials())
+@pytest.mark.parametrize("path", list(tutorials()))
 def test_runs_with_another_model(path, models):
     nb = nbformat.read(path, 4)
     lines = {i: line for i, c in enumerate(nb.cells) if c.cell_type == "code" and (line := other_line(c.source, models))}
