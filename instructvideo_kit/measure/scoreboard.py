@@ -187,7 +187,7 @@ def main_answer(
     "The main claim in plain words."
     found = {v.claim.id: v for v in verdicts}
     rivals = [(name, found[i]) for name, i in (("DRaFT-1", "iv-fig5a-draft"), ("RWR", "iv-fig5a-rwr"), ("DDPO", "iv-fig5a-ddpo")) if i in found]
-    said = lambda v: f"{'yes' if v.verdict == HOLDS else 'no'}: {_number(v.found[0].value)} ({_number(v.found[0].low)} .. {_number(v.found[0].high)}), {v.found[0].words}" if v.found else v.verdict
+    said = lambda v: f"{ {HOLDS: 'yes', WITHHELD: 'withheld'}.get(v.verdict, 'no') }: {_number(v.found[0].value)} ({_number(v.found[0].low)} .. {_number(v.found[0].high)}), {v.found[0].words}" if v.found else v.verdict
     return "At equal compute, is InstructVideo ahead on held-out reward? " + " ".join(f"Of {name}: {said(v)}." for name, v in rivals)
 
 WEIGHTINGS = {"lam0": "lambda 0 (no TAR)", "lam0.1": "lambda .1", "lam0.3": "lambda .3", "lam0.5": "lambda .5", "lam2": "lambda 2", "dense": "all frames (no SegVR)", "dense-plain": "all frames, lambda 0"}
