@@ -178,6 +178,7 @@ def test_a_card_that_is_off_is_named_and_a_slow_machine_is_not():
     assert [("WARNING" in line) for line in lines] == [False, True, False, False]
     assert "2.17 times" in lines[-1] and "off" in lines[-1]
     assert not any("WARNING" in line for line in ci.beside_cards({"a": 30, "b": 60, "c": 90}, {"a": 1, "b": 2, "c": 3}))
+    assert not any("WARNING" in line for line in ci.beside_cards({"a": 1, "b": 60, "c": 60}, {"a": .1, "b": 1, "c": 1})) # five seconds are nothing
     assert ci.beside_cards({"a": 30}, {"a": None}) == []
 
 # The symbol table and the pages made from the modules
