@@ -13,14 +13,19 @@ RUN = float(os.environ.get("KIT_BROWSER_RUN", 900)) # seconds for Run All; a tut
 def lab(tmp_path_factory):
     "JupyterLab on a copy of the tutorials, as running them writes into them."
     folder = tmp_path_factory.mktemp("course")
-    shutil.copytree(ROOT/"tutorials", folder/"tutorials", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs"))
+    for part in ("tutorials", "reproduction"): shutil.copytree(ROOT/part, folder/part, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs"))
     with jupyter_lab(folder, tmp_path_factory.mktemp("home")) as address: yield address
 
 PANELS = ".jp-OutputArea .widget-vbox:has(> .widget-image)"
 
-def move(slider):
+def change(panel):
+    "Use the first control of a panel: a slider, or a list where there is no slider."
+    slider, listed = panel.locator("[role=slider]"), panel.locator("select")
+    if slider.count(): move(slider.first)
+    else: listed.first.select_option(index=1 if listed.first.evaluate("e => e.selectedIndex") == 0 else 0)
+
+def move(handle):
     "One stop further with the keyboard, as the mouse would; back where there is no further."
-    handle = slider.locator("[role=slider]").first
     handle.focus()
     before = handle.get_attribute("aria-valuenow")
     handle.press("ArrowRight")
@@ -47,7 +52,7 @@ def test_run_all_and_use_every_widget(page, lab, name):
         panel, shown = panels.nth(i), panels.nth(i).locator(".widget-image").first
         panel.scroll_into_view_if_needed()
         src, before = shown.evaluate("e => e.src"), picture(page, f"{name}_{i}_before")
-        move(panel.locator(".widget-slider").first)
+        change(panel)
         until(lambda: shown.evaluate("e => e.src") != src, f"the picture of widget {i + 1} to change")
         assert picture(page, f"{name}_{i}_after") != before
     for canvas in canvases.all():
