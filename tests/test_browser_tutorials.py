@@ -1,7 +1,7 @@
 """Tutorials as a student opens them: Run All in JupyterLab leaves no red cell, and every widget's picture changes when it is used.
 
 KIT_BROWSER_TUTORIALS="01_start_here 05_segvr_and_tar" chooses others than the list below; each takes a minute or more."""
-import os, shutil
+import os, shutil, time
 import pytest
 from browser import ROOT, jupyter_lab, missing, open_notebook, page, picture, run_all, until
 
@@ -18,11 +18,16 @@ def lab(tmp_path_factory):
 
 PANELS = ".jp-OutputArea .widget-vbox:has(> .widget-image)"
 
-def change(panel):
-    "Use the first control of a panel: a slider, or a list where there is no slider."
-    slider, listed = panel.locator("[role=slider]"), panel.locator("select")
-    if slider.count(): move(slider.first)
-    else: listed.first.select_option(index=1 if listed.first.evaluate("e => e.selectedIndex") == 0 else 0)
+def changes(panel, shown):
+    "Use a slider, else the lists from the last one on, until the picture is another; a ranking alone, say, changes nothing before the judge is revealed."
+    src = shown.evaluate("e => e.src")
+    for control in (*panel.locator("[role=slider]").all()[:1], *reversed(panel.locator("select").all())):
+        if control.get_attribute("role") == "slider": move(control)
+        else: control.select_option(index=1 if control.evaluate("e => e.selectedIndex") == 0 else 0)
+        for _ in range(100):
+            if shown.evaluate("e => e.src") != src: return True
+            time.sleep(0.2)
+    return False
 
 def move(handle):
     "One stop further with the keyboard, as the mouse would; back where there is no further."
@@ -51,9 +56,8 @@ def test_run_all_and_use_every_widget(page, lab, name):
     for i in range(panels.count()):
         panel, shown = panels.nth(i), panels.nth(i).locator(".widget-image").first
         panel.scroll_into_view_if_needed()
-        src, before = shown.evaluate("e => e.src"), picture(page, f"{name}_{i}_before")
-        change(panel)
-        until(lambda: shown.evaluate("e => e.src") != src, f"the picture of widget {i + 1} to change")
+        before = picture(page, f"{name}_{i}_before")
+        assert changes(panel, shown), f"the picture of widget {i + 1} does not change"
         assert picture(page, f"{name}_{i}_after") != before
     for canvas in canvases.all():
         paint(page, canvas)
