@@ -440,7 +440,7 @@ def _list_file(
 )->Path: # the list in it
     "The list of captions: the file itself, or the metadata in a folder; KitError when there is none."
     if path.is_file(): return path
-    if not path.is_dir(): raise KitError(f'there is no folder or list "{path}"; give a folder with metadata.csv, a list of lines path|||caption, or, in the command line, menagerie')
+    if not path.is_dir(): raise KitError(f'there is no folder or list "{path}"; give a folder with metadata.csv or a list of lines path|||caption')
     for name in ("metadata.csv", "metadata.jsonl"):
         if (path/name).is_file(): return path/name
     below = sorted(path.glob("*/metadata.csv")) + sorted(path.glob("*/metadata.jsonl"))

@@ -485,3 +485,9 @@ def test_the_papers_numbers():
     assert load_preset("dpo", dpo.DPOConfig).beta_dpo == 5000
     vader = load_preset("vader", draft.DraftConfig)
     assert (vader.truncation, vader.n_segments, vader.n_ddim, vader.rank) == ("random", 1, 25, 16)
+
+
+def test_a_run_of_no_steps_is_refused_before_anything_is_opened():
+    from instructvideo_kit.tuning.start import run
+    for steps in (0, -1):
+        with pytest.raises(KitError, match=f"stop_after is {steps}"): run(None, None, None, [], None, "nowhere", stop_after=steps)
