@@ -5,7 +5,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/"instructvideo_kit"
-LEVEL = dict(files=0, video=1, diffusion=1, policy=2, reward=2, doctor=2, # menagerie trains a policy and a reward, so it stands on both
+LEVEL = dict(files=0, machine=0, video=1, diffusion=1, policy=2, reward=2, doctor=2, # menagerie trains a policy and a reward, so it stands on both
              menagerie=3, tuning=3, interactive=3, measure=4, widgets=4, check=4, demo=5, cli=6)
 MENAGERIE_FOLK = {"menagerie", "measure", "widgets", "demo", "cli"}
 NO_MODULE = {"__init__.py", "_modidx.py"}
@@ -67,9 +67,9 @@ def test_import_is_light():
     code = f"import sys, {', '.join(names)}; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
-def test_package_data_under_40_mb():
+def test_package_data_under_60_mb():
     size = sum(p.stat().st_size for d in ("weights", "presets") for p in (PACKAGE/d).rglob("*") if p.is_file())
-    assert size < 40e6, f"{size / 1e6:.1f} MB"
+    assert size < 60e6, f"{size / 1e6:.1f} MB"
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_notebook_is_tidy(path):

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..diffusion.schedule import corrupt
 from ..files import write_atomic
+from ..machine import fast_autocast
 from .captions import scenes
 from .defects import render
 from .tokens import MAX_TOKENS, menagerie_tokenizer, token_ids
@@ -217,7 +218,7 @@ def train_phase(
     steps:int, # of this phase
     seed:int=0, # of drawing, noise and timesteps
 ):
-    "Train on single pictures, on clips, or on clips after a first frame (both with guides), in bfloat16 where the processor has it."
+    "Train on single pictures, on clips, or on clips after a first frame (both with guides), in bfloat16 where the processor is faster in it."
     p, alpha_bar, clips = PHASES[phase], new_scheduler().alphas_cumprod, phase != "pictures"
     guides = Guides(modules["unet"], tokenizer) if clips else None
     run = Run(folder, {**modules, **({"guides": guides} if clips else {})}, steps, peak=p["peak"], ema=p["ema"])
@@ -227,7 +228,7 @@ def train_phase(
     def loss_of(step):
         pool.add(p["fresh"], [seed, 17, step])
         (z, ids, track), g = pool.batch(p["batch"], [seed, 18, step]), torch.Generator().manual_seed(seed * 10 ** 7 + step)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH), skip(modules["unet"]):
+        with fast_autocast(), sdpa_kernel(SDPBackend.MATH), skip(modules["unet"]):
             text = modules["text_encoder"](ids).last_hidden_state
             loss = v_loss(seeing(modules["unet"], z), text, z, alpha_bar, g, p["gamma"], p["power"])
         return loss + fade(step) * guides.loss(track, text, ids) if clips else loss

@@ -19,6 +19,7 @@ from einops import rearrange
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..files import write_atomic
+from ..machine import fast_autocast
 from .captions import scenes
 from .defects import degrade, render
 from .judge import VISIBLE
@@ -185,7 +186,7 @@ def train_video_judge(
         pick = rng.integers(len(chosen), size=batch)
         clips, asked, target = batch_of(clean, twin, chosen, pick, rng)
         shift = tuple(int(d) for d in rng.integers(-2, 3, 2))
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with fast_autocast(), sdpa_kernel(SDPBackend.MATH):
             said = reward(torch.roll(clips, shift, (-1, -2)), [a.caption for a in asked])
         naming = naming_loss(seen.pop(), net.model.get_input_embeddings().weight, [plain(chosen[i]) for i in pick])
         return F.mse_loss(said, target) + .1 * naming
