@@ -118,7 +118,7 @@ def test_a_half_written_checkpoint_is_not_loaded(tmp_path):
 def test_pictures_only_restores_the_temporal_layers():
     from instructvideo_kit.menagerie.models import new_unet, pictures_only
     torch.manual_seed(0)
-    unet, z, text = new_unet(width=(16, 16), text_width=16).eval(), torch.randn(1, 20, 3, 8, 8), torch.randn(1, 4, 16)
+    unet, z, text = new_unet(width=(16, 16), text_width=16).eval(), torch.randn(1, 8, 3, 8, 8), torch.randn(1, 4, 16)
     for m in unet.modules():
         if type(m).__name__ == "TransformerTemporalModel": torch.nn.init.normal_(m.proj_out.weight)
     with torch.no_grad():
@@ -129,7 +129,8 @@ def test_pictures_only_restores_the_temporal_layers():
 
 def test_the_pool_replaces_its_oldest():
     from instructvideo_kit.menagerie.models import Pool
-    vae = SimpleNamespace(config=SimpleNamespace(latent_channels=3), encode=lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: x[..., ::4, ::4])))
+    config = SimpleNamespace(latent_channels=3, scaling_factor=2.)
+    vae = SimpleNamespace(config=config, encode=lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: x[..., ::8, ::8])))
     pool = Pool(vae, menagerie_tokenizer(), 1, 12, 0)
     for k in range(4): pool.add(5, [k])
     assert pool.filled == 12 and pool.at == 20 % 12
@@ -175,11 +176,11 @@ def test_guides_that_read_everything_have_no_loss_and_let_go_when_closed():
     assert guides.layers(track) < 1e-10 and guides.read == []
     guides.read = [-p for p in perfect]
     assert guides.layers(track) > .1
-    with torch.no_grad(): unet(torch.randn(1, 20, 16, 8, 8), 500, torch.randn(1, 16, 96))
+    with torch.no_grad(): unet(torch.randn(1, 8, 16, 8, 8), 500, torch.randn(1, 16, 96))
     assert len(guides.read) == len(guides.heads) > 4
     guides.read = []
     guides.close()
-    with torch.no_grad(): unet(torch.randn(1, 20, 16, 8, 8), 500, torch.randn(1, 16, 96))
+    with torch.no_grad(): unet(torch.randn(1, 8, 16, 8, 8), 500, torch.randn(1, 16, 96))
     assert guides.read == []
 
 

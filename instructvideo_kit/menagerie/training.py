@@ -9,6 +9,7 @@ __all__ = ['learning_rate', 'Run', 'fit']
 import json
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +82,20 @@ class Run:
         keep = min(self.ema, (self.step + 1) / (self.step + 10))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.weights], 1 - keep)
 
+    def log(self, loss:float):
+        "A line of log.jsonl."
+        line = json.dumps(dict(step=self.step, loss=loss, seconds=round(self.seconds)))
+        with open(self.folder / "log.jsonl", "a") as f: f.write(line + "\n")
+
+    @contextmanager
+    def averaged(self):
+        "Inside the `with` the weights are their average."
+        own = [p.detach().clone() for p in self.weights]
+        self.use_average()
+        try: yield
+        finally:
+            for p, w in zip(self.weights, own): p.data.copy_(w)
+
     def use_average(self):
         "Put the moving average in place of the weights (at the end, or to look at samples)."
         for p, a in zip(self.weights, self.average): p.data.copy_(a)
@@ -91,6 +106,8 @@ def fit(
     loss_of, # step number -> scalar loss; all randomness seeded by the step
     every:int=250, # steps between checkpoints
     label:str="training", # for the progress bar
+    look=None, # look(step): draw samples, called with the averaged weights in place
+    look_every:float=1800., # seconds between looks
 )->Run:
     "Train until `run.steps`, from wherever the folder's checkpoint is, and end with the averaged weights."
     run.resume()
@@ -100,13 +117,16 @@ def fit(
         loss = loss_of(run.step)
         run.update(loss)
         recent.append(loss.item())
+        looked = run.seconds // look_every
         run.seconds = time.time() - start
         bar.update()
         if run.step % 50 == 0 or run.step == run.steps:
-            mean = sum(recent) / len(recent); recent = []
-            bar.set_postfix(loss=f"{mean:.4f}")
-            with open(run.folder / "log.jsonl", "a") as f: f.write(json.dumps(dict(step=run.step, loss=mean, seconds=round(run.seconds))) + "\n")
+            run.log(sum(recent) / len(recent))
+            bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
+            recent = []
         if run.step % every == 0 or run.step == run.steps: run.save()
+        if look and run.seconds // look_every > looked:
+            with run.averaged(): look(run.step)
     bar.close()
     run.use_average()
     return run
