@@ -142,7 +142,7 @@ def test_the_pool_replaces_its_oldest():
 # guides of the clip phase
 
 def test_tracks_say_what_the_caption_says():
-    from instructvideo_kit.menagerie.models import tracks
+    from instructvideo_kit.menagerie.autoencoder import tracks
     from instructvideo_kit.menagerie.world import Scene
     track = tracks([Scene("fox", m, "meadow", 4) for m in ("left", "right", "closer", "away", "rest")], torch.arange(16).expand(5, -1))
     x, size = track[..., 0], track[..., 2]
@@ -152,7 +152,7 @@ def test_tracks_say_what_the_caption_says():
 
 def test_a_subject_is_drawn_where_its_track_says():
     from dataclasses import replace
-    from instructvideo_kit.menagerie.models import tracks
+    from instructvideo_kit.menagerie.autoencoder import tracks
     from instructvideo_kit.menagerie.world import Scene
     scene = Scene("fox", "right", "meadow", 4)
     late = render([scene], torch.tensor([[15]]))[0, 0]
@@ -165,7 +165,8 @@ def test_a_subject_is_drawn_where_its_track_says():
 
 
 def test_guides_that_read_everything_have_no_loss_and_let_go_when_closed():
-    from instructvideo_kit.menagerie.models import Guides, guide_targets, new_unet, tracks
+    from instructvideo_kit.menagerie.autoencoder import tracks
+    from instructvideo_kit.menagerie.models import Guides, guide_targets, new_unet
     from instructvideo_kit.menagerie.tokens import menagerie_tokenizer
     from instructvideo_kit.menagerie.world import Scene
     unet = new_unet().eval()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPORAL', 'GUIDE_WEIGHTS', 'PHASES', 'new_unet', 'new_text_encoder', 'new_scheduler', 'pictures_only', 'Pool',
-           'spread_timesteps', 'denoising_loss', 'tracks', 'guide_targets', 'Guides', 'seeing', 'train_phase',
-           'as_policy', 'sheet', 'looker', 'train_policy']
+           'spread_timesteps', 'denoising_loss', 'guide_targets', 'Guides', 'seeing', 'train_phase', 'as_policy',
+           'sheet', 'looker', 'train_policy']
 
 # %% ../../nbs/menagerie/08_models.ipynb #5b5bbd5c
 import contextlib
@@ -20,12 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..diffusion.schedule import corrupt
 from ..machine import fast_autocast
-from .autoencoder import SIZE, train_autoencoder
+from .autoencoder import SIZE, presence, tracks, train_autoencoder
 from .captions import prompts, scenes
 from .defects import render
 from .tokens import MAX_TOKENS, menagerie_tokenizer, token_ids
 from .training import Run, fit
-from .world import pose
 from ..policy.base import VideoPolicy
 from ..video import clip_grid
 
@@ -159,25 +158,17 @@ def denoising_loss(
     return (error * weight).mean()
 
 # %% ../../nbs/menagerie/08_models.ipynb #d6f821f3
-def tracks(
-    scenes, # list of b `Scene`
-    frames, # (b, f) frame numbers, long
-):
-    "Where the subject is in each frame: (b, f, 3) x and y of its centre and half its size, in frames."
-    p = pose(scenes, frames / 15)
-    return torch.stack(torch.broadcast_tensors(p.x, p.y, p.size), -1)
-
 def guide_targets(
     track, # (b, f, 3), from `tracks`
     h, w, # of the layer
 ):
     "What a layer should tell at each place, (5, b, f, h, w): time, presence, place across, speed across, growth."
-    f, (x, y, size) = track.shape[1], (rearrange(v, "b f -> b f 1 1") for v in track.unbind(-1))
-    X, Y = (torch.arange(w) + .5) / w, rearrange((torch.arange(h) + .5) / h, "h -> h 1")
-    presence = torch.exp(-((X - x) / (.8 * size)) ** 2 - ((Y - y) / (.8 * size)) ** 2)
+    f = track.shape[1]
     time = torch.linspace(-1, 1, f).view(1, f, 1, 1)
+    across = 5 * (rearrange(track[..., 0], "b f -> b f 1 1") - .5)
     change = (track[:, -1] - track[:, 0]).view(-1, 1, 1, 1, 3)
-    return torch.stack(torch.broadcast_tensors(time, presence, 5 * (x - .5), 2.5 * change[..., 0], 3 * change[..., 2]))
+    every = time, presence(track, h, w), across, 2.5 * change[..., 0], 3 * change[..., 2]
+    return torch.stack(torch.broadcast_tensors(*every))
 
 # %% ../../nbs/menagerie/08_models.ipynb #453c34d9
 GUIDE_WEIGHTS = (.3, .9, .15, .15, .15) # time, presence, place across, speed across, growth
