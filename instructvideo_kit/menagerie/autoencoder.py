@@ -87,11 +87,12 @@ def picture_loss(
     a:Tensor, b:Tensor, # pictures (n, 3, h, w)
     weight:Tensor|None=None, # (n, h, w), how much each pixel counts
 )->Tensor: # scalar
-    "Error of pixels and of differences between neighbours: squared below .2, absolute above, and a fifth of plain L1."
+    "Error of pixels, of differences between neighbours, and of differences between colours: squared below .2, absolute above, and a fifth of plain L1."
     d = a - b
     weight = torch.ones_like(d[:, :1]) if weight is None else weight[:, None]
     error = lambda e, w: (w * (F.smooth_l1_loss(e, torch.zeros_like(e), beta=.2, reduction="none") + .2 * e.abs())).mean()
-    return error(d, weight) + error(d.diff(dim=-1), weight[..., 1:]) + error(d.diff(dim=-2), weight[..., 1:, :])
+    edges = error(d.diff(dim=-1), weight[..., 1:]) + error(d.diff(dim=-2), weight[..., 1:, :])
+    return error(d, weight) + edges + 2 * error(d.diff(dim=1), weight)
 
 # %% ../../nbs/menagerie/12_autoencoder.ipynb #cbed6d20
 def wrong_by(
