@@ -3,6 +3,7 @@ import json
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,19 @@ from instructvideo_kit.files import KitError, shipped
 from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.policy.lora import add_lora, lora_parameters, read_lora
 from instructvideo_kit.reward.segvr import segment_frames
-from instructvideo_kit.tuning.instructvideo import (
-    InstructVideo, InstructVideoConfig, draw_noise, edit, objective, reward_gradient, score, step_cost, tune)
-from instructvideo_kit.tuning.trainer import (
-    RunFolder, TrainerConfig, clip_order, complete, example_generator, load_preset, make_accelerator, positions_of, read_log)
+from instructvideo_kit.tuning.algorithm import tune as tune_with
+from instructvideo_kit.tuning.config import HEADER, TrainerConfig, load_preset
+from instructvideo_kit.tuning.gradient import objective, reward_gradient, score
+from instructvideo_kit.tuning.instructvideo import InstructVideo, InstructVideoConfig, edit
+from instructvideo_kit.tuning.process import make_accelerator
+from instructvideo_kit.tuning.run_folder import RunFolder, complete, read_log
+from instructvideo_kit.tuning.stream import clip_order, draw_noise, example_generator, positions_of
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from tiny import tiny_pipeline  # noqa: E402
 
+tune = partial(tune_with, "instructvideo")
 SMALL = dict(n_ddim=5, tau=.4, guidance_scale=1., batch=2, rank=2, lr=1e-2, steps=4, save_every=2, clamp="straight") # a chain of two steps
 
 
@@ -94,7 +99,7 @@ def test_only_the_lora_has_a_gradient(folder):
     policy = open_policy(folder); add_lora(policy, 2)
     config = InstructVideoConfig(**SMALL)
     step = InstructVideo(policy, redness, some_clips(policy), config, make_accelerator(config, "cpu"))
-    row = step(range(2))
+    row = step.step(range(2))
     assert {"loss", "reward", "R"} <= set(row) and all(p.grad is not None for p in lora_parameters(policy))
     moved = {n for part in (policy.unet, policy.vae, policy.text_encoder) for n, p in part.named_parameters() if p.grad is not None}
     assert moved and all(".lora_" in n for n in moved)
@@ -106,7 +111,7 @@ def test_dropout_is_off_unless_asked_for(folder):
         policy = open_policy(folder); add_lora(policy, 2)
         config = InstructVideoConfig(**SMALL, dropout=dropout)
         step = InstructVideo(policy, redness, some_clips(policy), config, make_accelerator(config, "cpu"))
-        rewards[dropout] = [step(range(2))["reward"].item() for _ in range(2)]
+        rewards[dropout] = [step.step(range(2))["reward"].item() for _ in range(2)]
         assert not policy.unet.training
     assert rewards[False][0] == rewards[False][1] and rewards[True][0] != rewards[True][1]
 
@@ -117,7 +122,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(folder):
         policy = open_policy(folder); add_lora(policy, 2)
         config = InstructVideoConfig(**{**SMALL, "grad_accum": accum, "augment_shift": 1, "augment_noise": .1, "offset_noise": .1})
         step = InstructVideo(policy, redness, some_clips(policy), config, make_accelerator(config, "cpu"))
-        for micro in range(accum): step(positions_of(0, micro, 0, 1, config))
+        for micro in range(accum): step.step(positions_of(0, micro, 0, 1, config))
         gradients.append(torch.cat([p.grad.flatten() for p in lora_parameters(policy)]))
     assert gradients[0].norm() > 0 and (gradients[0] - gradients[1]).norm() < 1e-4*gradients[0].norm()
 
@@ -215,7 +220,7 @@ def test_unknown_preset_names_the_near_ones():
 @pytest.mark.parametrize("name", [n for n in shipped("preset") if n.startswith(("instructvideo", "menagerie"))])
 def test_shipped_presets_load_and_every_value_names_its_source(name):
     load_preset(name, InstructVideoConfig)
-    lines = [line for line in shipped("preset")[name].read_text().splitlines() if line and not line.startswith("#")]
+    lines = [line for line in shipped("preset")[name].read_text().splitlines() if line and not line.startswith(("#", *HEADER))]
     assert all(" # " in line for line in lines)
 
 
@@ -224,8 +229,8 @@ def test_the_paper_preset_is_the_paper():
     assert (config.n_ddim, config.tau, config.grad_steps, config.n_segments, config.lam_tar) == (20, .6, 1, 4, 1.)
     assert (config.lr, config.batch, config.steps) == (1e-5, 8, 20000)
     named = set(yaml.safe_load(shipped("preset")["instructvideo"].read_text()))
-    assert named == set(InstructVideoConfig.__dataclass_fields__) # nothing is left to a default
-    assert step_cost(replace(config, checkpoint=False, checkpoint_blocks=False)) == 26
+    assert named - set(HEADER) == set(InstructVideoConfig.__dataclass_fields__) # nothing is left to a default
+    assert InstructVideo.step_cost(replace(config, checkpoint=False, checkpoint_blocks=False)) == 26
 
 
 def test_overrides_win_and_none_is_not_given():
@@ -265,7 +270,7 @@ def test_recomputation_changes_no_gradient_even_with_dropout(folder, level):
         for p in lora_parameters(policy): p.data = .1*torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
         config = InstructVideoConfig(**SMALL, dropout=True, merge_lora=False, **options)
         torch.manual_seed(1)
-        InstructVideo(policy, redness, some_clips(policy), config, make_accelerator(config, "cpu"))(range(2))
+        InstructVideo(policy, redness, some_clips(policy), config, make_accelerator(config, "cpu")).step(range(2))
         gradients.append(torch.cat([p.grad.flatten() for p in lora_parameters(policy)]))
         assert not policy.network.training
     assert (gradients[0] - gradients[1]).norm() < 1e-5*gradients[0].norm()
