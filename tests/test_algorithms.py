@@ -16,26 +16,29 @@ from instructvideo_kit.files import KitError, shipped
 from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.policy.lora import add_lora, lora_parameters, lora_state
 from instructvideo_kit.reward.segvr import segment_frames
-from instructvideo_kit.tuning import common, ddpo, dpo, draft, online_dpo, refl, rwr
+from instructvideo_kit.tuning import adapters, ddpo, dpo, draft, online_dpo, refl, rollouts, rwr
+from instructvideo_kit.tuning.algorithm import find, tune
+from instructvideo_kit.tuning.config import HEADER, load_preset
 from instructvideo_kit.tuning.ddpo import advantages, ddim_gaussian, ddpo_loss, flow_gaussian, log_probability
-from instructvideo_kit.tuning.dpo import best_and_worst, candidates, diffusion_dpo_loss
-from instructvideo_kit.tuning.instructvideo import draw_noise
-from instructvideo_kit.tuning.trainer import clip_order, example_generator, load_preset, make_accelerator, positions_of
+from instructvideo_kit.tuning.dpo import best_and_worst, diffusion_dpo_loss
+from instructvideo_kit.tuning.process import make_accelerator
+from instructvideo_kit.tuning.rollouts import candidates
+from instructvideo_kit.tuning.stream import clip_order, draw_noise, example_generator, positions_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_pipeline  # noqa: E402
 
 PROMPTS = ["a red cat", "a blue fish", "a dog runs"]
 DRAWN = dict(n_ddim=3, guidance_scale=1., batch=2, rank=2, lr=1e-2, steps=4, save_every=1)
-ALGORITHMS = { # name -> (module, class, small config); rounds of two steps, so that a stop after three is in the middle of one
-    "draft": (draft, draft.Draft, draft.DraftConfig(**DRAWN, clamp="straight", grad_steps=2)),
-    "draft_lv": (draft, draft.Draft, draft.DraftConfig(**DRAWN, clamp="straight", lv_noises=2)),
-    "vader": (draft, draft.Draft, draft.DraftConfig(**DRAWN, clamp="straight", grad_steps=3, truncation="random", n_segments=1)),
-    "refl": (refl, refl.Refl, refl.ReflConfig(**DRAWN, clamp="straight", grad_accum=1, stop_from=1, stop_to=2)),
-    "rwr": (rwr, rwr.RWR, rwr.RWRConfig(**DRAWN, n_samples=2, epochs=2, inverse_temperature=5.)),
-    "ddpo": (ddpo, ddpo.DDPO, ddpo.DDPOConfig(**DRAWN, min_count=2, timestep_fraction=.7)),
-    "dpo": (dpo, dpo.DPO, dpo.DPOConfig(**DRAWN, n_candidates=2)),
-    "onlinevpo": (online_dpo, online_dpo.OnlineDPO, online_dpo.OnlineDPOConfig(**DRAWN, n_candidates=2, ref_update_every=2)),
+ALGORITHMS = { # name -> (algorithm, small config); rounds of two steps, so that a stop after three is in the middle of one
+    "draft": ("draft", draft.DraftConfig(**DRAWN, clamp="straight", grad_steps=2)),
+    "draft_lv": ("draft", draft.DraftConfig(**DRAWN, clamp="straight", lv_noises=2)),
+    "vader": ("vader", draft.DraftConfig(**DRAWN, clamp="straight", grad_steps=3, truncation="random", n_segments=1)),
+    "refl": ("refl", refl.ReflConfig(**DRAWN, clamp="straight", grad_accum=1, stop_from=1, stop_to=2)),
+    "rwr": ("rwr", rwr.RWRConfig(**DRAWN, n_samples=2, epochs=2, inverse_temperature=5.)),
+    "ddpo": ("ddpo", ddpo.DDPOConfig(**DRAWN, min_count=2, timestep_fraction=.7)),
+    "dpo": ("dpo", dpo.DPOConfig(**DRAWN, n_candidates=2)),
+    "onlinevpo": ("onlinevpo", online_dpo.OnlineDPOConfig(**DRAWN, n_candidates=2, ref_update_every=2)),
 }
 
 
@@ -61,7 +64,7 @@ def awake(policy): # a LoRA that does something
 
 def gradient_of(policy, Algorithm, reward, config, data=PROMPTS):
     step = Algorithm(policy, reward, data, config, make_accelerator(config, "cpu"))
-    row = [step(positions_of(0, k, 0, 1, config)) for k in range(config.grad_accum)]
+    row = [step.step(positions_of(0, k, 0, 1, config)) for k in range(config.grad_accum)]
     return torch.cat([p.grad.flatten() for p in lora_parameters(policy)]), row
 
 
@@ -143,9 +146,9 @@ def test_rwr_by_hand():
 
 def test_rwr_says_when_no_caption_comes_twice(folder, tmp_path):
     config = rwr.RWRConfig(**DRAWN, n_samples=2, epochs=2, per_prompt=True)
-    with pytest.raises(KitError, match="2 clips are of 3 captions: each would weigh 1"): rwr.tune(open_policy(folder), redness, PROMPTS, config, tmp_path/"run", progress=False)
+    with pytest.raises(KitError, match="2 clips are of 3 captions: each would weigh 1"): tune("rwr", open_policy(folder), redness, PROMPTS, config, tmp_path/"run", progress=False)
     assert not (tmp_path/"run").exists()
-    rwr.tune(open_policy(folder), redness, PROMPTS[:1], config, tmp_path/"one", progress=False, stop_after=1)
+    tune("rwr", open_policy(folder), redness, PROMPTS[:1], config, tmp_path/"one", progress=False, stop_after=1)
 
 
 def test_refl_by_hand():
@@ -211,7 +214,7 @@ def test_error_is_measured_in_what_the_network_predicts(schedule):
     for t in (10, 500, 990):
         output = torch.randn(2, 1, 1, 2, 2, dtype=torch.float64, requires_grad=True)
         policy, steps, level = Constant(schedule, output), torch.full((2,), t), schedule.at(t)
-        own = common.prediction_errors(policy, z, eps, steps, ["", ""])
+        own = rollouts.prediction_errors(policy, z, eps, steps, ["", ""])
         z_t = corrupt(z, eps, level)
         in_epsilon = (to_x0_eps(output, z_t, level, schedule.prediction_type)[1] - eps).square().flatten(1).mean(1)
         a, s = level**.5, (1 - level)**.5
@@ -228,7 +231,7 @@ def test_prediction_error_of_a_perfect_network_is_zero():
         z, eps = torch.randn(1, 1, 1, 2, 2), torch.randn(1, 1, 1, 2, 2)
         a, s = schedule.at(400)**.5, (1 - schedule.at(400))**.5
         answer = {"epsilon": eps, "v_prediction": a*eps - s*z, "flow_prediction": eps - z}[schedule.prediction_type]
-        assert common.prediction_errors(Constant(schedule, answer), z, eps, torch.tensor([400]), [""]).item() < 1e-8
+        assert rollouts.prediction_errors(Constant(schedule, answer), z, eps, torch.tensor([400]), [""]).item() < 1e-8
 
 
 # ---- gradients through the chain ------------------------------------------------------------------------------------------------
@@ -290,7 +293,8 @@ def test_refl_hears_only_clips_below_the_margin(folder):
 
 @pytest.mark.parametrize("name", ["dpo", "onlinevpo", "ddpo", "rwr"])
 def test_micro_batches_give_the_gradient_of_the_batch(folder, name):
-    _, Algorithm, config = ALGORITHMS[name]
+    algorithm, config = ALGORITHMS[name]
+    Algorithm = find(algorithm)
     some_equal = lambda frames, prompts: redness(frames, prompts)*torch.tensor([[float("cat" not in p)] for p in prompts]) # the cat's candidates are all 0
     gradients, skipped = [], []
     for accum in (1, 3):
@@ -309,8 +313,8 @@ def figures(rows): return [{k: v for k, v in r.items() if k not in ("seconds", "
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(folder, tmp_path, name):
-    module, _, config = ALGORITHMS[name]
-    run = lambda where, **options: module.tune(open_policy(folder), redness, PROMPTS, config, tmp_path/where, progress=False, **options)
+    algorithm, config = ALGORITHMS[name]
+    run = lambda where, **options: tune(algorithm, open_policy(folder), redness, PROMPTS, config, tmp_path/where, progress=False, **options)
     straight = run("straight")
     run("halves", stop_after=3) # in the middle of a round
     halves = run("halves", resume=True)
@@ -318,20 +322,22 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(folder, tmp_path, na
     one, other = (load_file(r.lora/"pytorch_lora_weights.safetensors") for r in (straight, halves))
     assert all(torch.equal(one[k], other[k]) for k in one) and any(v.abs().sum() > 0 for k, v in one.items() if "lora.up" in k or "lora_B" in k)
     with pytest.raises(KitError, match="lr was 0.01, is 0.5"):
-        module.tune(open_policy(folder), redness, PROMPTS, replace(config, lr=.5), tmp_path/"halves", resume=True, progress=False)
+        tune(algorithm, open_policy(folder), redness, PROMPTS, replace(config, lr=.5), tmp_path/"halves", resume=True, progress=False)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_cost_is_what_is_counted(folder, name):
-    module, Algorithm, config = ALGORITHMS[name]
+    algorithm, config = ALGORITHMS[name]
+    Algorithm = find(algorithm)
     if name in ("vader", "refl"): config = replace(config, **({"truncation": "fixed"} if name == "vader" else {"stop_from": 2})) # else it is a mean
     config, policy, calls = replace(config, guidance_scale=3., **({"timestep_fraction": 1.} if name == "ddpo" else {})), open_policy(folder), []
     add_lora(policy, 2)
     policy.network.register_forward_hook(lambda m, args, out: calls.append(len(args[0])*(2 if torch.is_grad_enabled() else 1)))
     step = Algorithm(policy, redness, PROMPTS, config, make_accelerator(config, "cpu"))
-    for n in range(2): step(positions_of(n, 0, 0, 1, config))
-    once = 2*config.n_ddim*config.n_candidates*len(PROMPTS) if name == "dpo" else 0
-    assert sum(calls) == module.step_cost(config)*config.batch*2 + once
+    for n in range(2): step.step(positions_of(n, 0, 0, 1, config))
+    once = Algorithm.setup_cost(config, len(PROMPTS))
+    assert once == (2*config.n_ddim*config.n_candidates*len(PROMPTS) if name == "dpo" else 0)
+    assert sum(calls) == Algorithm.step_cost(config)*config.batch*2 + once
 
 
 def test_ddpo_on_a_flow_model_takes_the_sde(folder, monkeypatch):
@@ -339,7 +345,7 @@ def test_ddpo_on_a_flow_model_takes_the_sde(folder, monkeypatch):
     policy.schedule = Schedule.rectified()
     monkeypatch.setattr(ddpo, "flow_gaussian", lambda *a: (seen.append(1), flow_gaussian(*a))[1])
     add_lora(policy, 2)
-    g, (row,) = gradient_of(policy, ddpo.DDPO, redness, ALGORITHMS["ddpo"][2])
+    g, (row,) = gradient_of(policy, ddpo.DDPO, redness, ALGORITHMS["ddpo"][1])
     assert seen and g.isfinite().all() and g.norm() > 0 and row["ratio_off"] < 1e-4
 
 
@@ -347,15 +353,16 @@ def test_score_function_equals_importance_sampling_in_the_first_update(folder):
     gradients = []
     for options in (dict(estimator="sf", updates_per_round=1), dict(estimator="is", updates_per_round=1, clip=.01)):
         policy = open_policy(folder); add_lora(policy, 2); awake(policy)
-        gradients.append(gradient_of(policy, ddpo.DDPO, redness, replace(ALGORITHMS["ddpo"][2], **options))[0])
+        gradients.append(gradient_of(policy, ddpo.DDPO, redness, replace(ALGORITHMS["ddpo"][1], **options))[0])
     assert gradients[0].norm() > 0 and (gradients[0] - gradients[1]).norm() < 1e-3*gradients[0].norm()
 
 
 def test_candidates_do_not_depend_on_batching_or_merging(folder):
     policy = open_policy(folder); add_lora(policy, 2); awake(policy)
-    config = replace(ALGORITHMS["onlinevpo"][2], n_candidates=3)
+    config = replace(ALGORITHMS["onlinevpo"][1], n_candidates=3)
     draw = lambda **options: candidates(policy, redness, PROMPTS, [example_generator(0, p) for p in range(3)], replace(config, **options))
-    (z, scores), (one, alone) = draw(samples_at_once=16), draw(samples_at_once=1, merge_lora=False)
+    table, again = draw(samples_at_once=16), draw(samples_at_once=1, merge_lora=False)
+    z, scores, one, alone = table["z"], table["reward"], again["z"], again["reward"]
     assert z.shape[:2] == (3, 3) and torch.allclose(z, one, atol=1e-4) and torch.allclose(scores, alone, atol=1e-5)
     assert not torch.allclose(z[:, 0], z[:, 1], atol=.1) # and they differ from one another
 
@@ -370,8 +377,8 @@ def watch(folder, run_dir, K, steps=7):
         seen[step] = learner, {k: v.clone() for k, v in lora_state(policy, "ref").items()} if "ref" in policy.network.peft_config else None
         return {"watched": 1}
     policy = open_policy(folder)
-    config = replace(ALGORITHMS["onlinevpo"][2], ref_update_every=K, steps=steps, eval_every=1, save_every=steps)
-    rows = online_dpo.tune(policy, redness, PROMPTS, config, run_dir, evaluate=look, progress=False).rows()
+    config = replace(ALGORITHMS["onlinevpo"][1], ref_update_every=K, steps=steps, eval_every=1, save_every=steps)
+    rows = tune("onlinevpo", policy, redness, PROMPTS, config, run_dir, evaluate=look, progress=False).rows()
     return policy, seen, rows
 
 
@@ -390,9 +397,9 @@ def test_k_infinity_is_the_base_model(folder, tmp_path):
     assert all(ref is None for _, ref in seen.values()) and [abs(r["margin"]) < 1e-9 for r in rows] == [True] + [False]*3
     z, eps, t = torch.randn(1, *policy.latent_shape), torch.randn(1, *policy.latent_shape), torch.tensor([500])
     with torch.no_grad():
-        base = common.prediction_errors(open_policy(folder), z, eps, t, PROMPTS[:1])
-        with common.reference(policy): assert torch.equal(common.prediction_errors(policy, z, eps, t, PROMPTS[:1]), base)
-        assert not torch.equal(common.prediction_errors(policy, z, eps, t, PROMPTS[:1]), base)
+        base = rollouts.prediction_errors(open_policy(folder), z, eps, t, PROMPTS[:1])
+        with adapters.reference(policy): assert torch.equal(rollouts.prediction_errors(policy, z, eps, t, PROMPTS[:1]), base)
+        assert not torch.equal(rollouts.prediction_errors(policy, z, eps, t, PROMPTS[:1]), base)
     assert len(lora_parameters(policy)) == len(lora_state(policy)) # the learner is the one that trains
 
 
@@ -403,27 +410,27 @@ def never(*args): raise AssertionError
 
 @pytest.mark.parametrize("name", ["rwr", "ddpo", "dpo", "onlinevpo"])
 def test_rewards_of_a_wrong_shape_or_nan_stop_with_one_line(folder, tmp_path, name):
-    module, _, config = ALGORITHMS[name]
+    algorithm, config = ALGORITHMS[name]
     for i, (reward, says) in enumerate([(lambda f, p: torch.zeros(len(f), 7, 2), r"returned the shape \(\d, 7, 2\)"), (lambda f, p: f.mean((1, 2, 3, 4))*math.nan, 'reward is nan for "a ')]):
-        with pytest.raises(KitError, match=says) as error: module.tune(open_policy(folder), reward, PROMPTS, config, tmp_path/str(i), progress=False)
+        with pytest.raises(KitError, match=says) as error: tune(algorithm, open_policy(folder), reward, PROMPTS, config, tmp_path/str(i), progress=False)
         assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["draft", "refl"])
 def test_rewards_without_a_gradient_or_of_another_shape(folder, tmp_path, name):
-    module, _, config = ALGORITHMS[name]
+    algorithm, config = ALGORITHMS[name]
     for i, (reward, says) in enumerate([(lambda f, p: redness(f, p).mean(1), "expected one score per frame"), (lambda f, p: redness(f.detach(), p), "no gradient"),
                                         (lambda f, p: redness(f, p)*math.nan, "not finite")]):
-        with pytest.raises(KitError, match=says): module.tune(open_policy(folder), reward, PROMPTS, config, tmp_path/str(i), progress=False)
+        with pytest.raises(KitError, match=says): tune(algorithm, open_policy(folder), reward, PROMPTS, config, tmp_path/str(i), progress=False)
 
 
 def test_equal_candidates_are_skipped_and_counted(folder, tmp_path):
-    config, flat = replace(ALGORITHMS["onlinevpo"][2], steps=2), lambda frames, prompts: torch.zeros(len(frames))
-    result = online_dpo.tune(open_policy(folder), flat, PROMPTS, config, tmp_path/"run", progress=False)
+    config, flat = replace(ALGORITHMS["onlinevpo"][1], steps=2), lambda frames, prompts: torch.zeros(len(frames))
+    result = tune("onlinevpo", open_policy(folder), flat, PROMPTS, config, tmp_path/"run", progress=False)
     assert [r["skipped"] for r in result.rows()] == [2]*2 and all(r["loss"] == 0 and r["grad_norm"] == 0 for r in result.rows())
     state = load_file(result.lora/"pytorch_lora_weights.safetensors")
     assert all(v.abs().sum() == 0 for k, v in state.items() if "lora_B" in k or "lora.up" in k)
-    with pytest.raises(KitError, match="no pair to learn from"): dpo.tune(open_policy(folder), flat, PROMPTS, ALGORITHMS["dpo"][2], tmp_path/"dpo", progress=False)
+    with pytest.raises(KitError, match="no pair to learn from"): tune("dpo", open_policy(folder), flat, PROMPTS, ALGORITHMS["dpo"][1], tmp_path/"dpo", progress=False)
 
 
 def test_a_video_judge_is_asked_for_its_dimension():
@@ -431,8 +438,8 @@ def test_a_video_judge_is_asked_for_its_dimension():
         dims = ("visual_quality", "temporal_consistency", "dynamic_degree", "text_to_video_alignment", "factual_consistency")
         def __call__(self, video, prompts): return torch.tensor([[1., 2., 3., 4., 10.]]*len(video))
     frames = torch.zeros(2, 5, 3, 4, 4) # as many frames as dimensions: still not one score per frame
-    assert common.clip_scores(Judge(), frames, PROMPTS[:2], "factual_consistency").tolist() == [10., 10.]
-    assert common.clip_scores(Judge(), frames, PROMPTS[:2], "mean").tolist() == [4., 4.]
+    assert rollouts.clip_scores(Judge(), frames, PROMPTS[:2], "factual_consistency").tolist() == [10., 10.]
+    assert rollouts.clip_scores(Judge(), frames, PROMPTS[:2], "mean").tolist() == [4., 4.]
 
 
 @pytest.mark.parametrize("make, says", [
@@ -448,32 +455,31 @@ def test_values_out_of_range(make, says):
 
 @pytest.mark.parametrize("data, says", [([], "nothing to tune on"), ("a cat", "single text"), (["a cat", ""], "captions are empty")])
 def test_bad_captions_are_refused_before_a_folder_is_made(folder, tmp_path, data, says):
-    for name, (module, _, config) in ALGORITHMS.items():
-        with pytest.raises(KitError, match=says): module.tune(open_policy(folder) if name == "draft" else never, redness, data, config, tmp_path/"no", progress=False)
+    for name, (algorithm, config) in ALGORITHMS.items():
+        with pytest.raises(KitError, match=says): tune(algorithm, open_policy(folder) if name == "draft" else never, redness, data, config, tmp_path/"no", progress=False)
         if name == "draft": break
     assert not (tmp_path/"no").exists()
 
 
 # ---- presets --------------------------------------------------------------------------------------------------------------------
 
-PRESETS = {"draft": draft, "vader": draft, "refl": refl, "rwr": rwr, "ddpo": ddpo, "dpo": dpo, "onlinevpo": online_dpo}
-CONFIGS = {draft: draft.DraftConfig, refl: refl.ReflConfig, rwr: rwr.RWRConfig, ddpo: ddpo.DDPOConfig, dpo: dpo.DPOConfig, online_dpo: online_dpo.OnlineDPOConfig}
+PRESETS = ["draft", "vader", "refl", "rwr", "ddpo", "dpo", "onlinevpo"]
 
 
 @pytest.mark.parametrize("name", [f"{name}{twin}" for name in PRESETS for twin in ("", "_menagerie")])
 def test_presets_load_and_every_value_names_its_source(name):
-    ConfigClass = CONFIGS[PRESETS[name.removesuffix("_menagerie")]]
+    ConfigClass = find(name.removesuffix("_menagerie")).Config
     load_preset(name, ConfigClass)
     path = shipped("preset")[name]
-    assert all(" # " in line for line in path.read_text().splitlines() if line and not line.startswith("#"))
-    if "_menagerie" not in name: assert set(yaml.safe_load(path.read_text())) == {f.name for f in fields(ConfigClass)} # nothing is left to a default
+    assert all(" # " in line for line in path.read_text().splitlines() if line and not line.startswith(("#", *HEADER)))
+    if "_menagerie" not in name: assert set(yaml.safe_load(path.read_text())) - set(HEADER) == {f.name for f in fields(ConfigClass)} # nothing is left to a default
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_twins_are_made_for_two_cores(name):
-    module, seconds = PRESETS[name], .032 # for one clip in one network evaluation on two cores, from the log of the instructvideo run
-    config = load_preset(f"{name}_menagerie", CONFIGS[module])
-    minutes = module.step_cost(config)*config.batch*config.steps*seconds/60
+    Algorithm, seconds = find(name), .032 # for one clip in one network evaluation on two cores, from the log of the instructvideo run
+    config = load_preset(f"{name}_menagerie", Algorithm.Config)
+    minutes = Algorithm.step_cost(config)*config.batch*config.steps*seconds/60
     assert minutes < (40 if name in ("rwr", "ddpo") else 15)
 
 
@@ -488,6 +494,5 @@ def test_the_papers_numbers():
 
 
 def test_a_run_of_no_steps_is_refused_before_anything_is_opened():
-    from instructvideo_kit.tuning.start import run
     for steps in (0, -1):
-        with pytest.raises(KitError, match=f"stop_after is {steps}"): run(None, None, None, [], None, "nowhere", stop_after=steps)
+        with pytest.raises(KitError, match=f"stop_after is {steps}"): tune("draft", None, None, [], None, "nowhere", stop_after=steps)

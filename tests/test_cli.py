@@ -56,9 +56,9 @@ def test_resume_goes_on(home):
 
 
 def test_interrupt_says_how_to_go_on(home, monkeypatch):
-    from instructvideo_kit.tuning import instructvideo
+    from instructvideo_kit import app
     def interrupted(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(instructvideo, "tune", interrupted)
+    monkeypatch.setattr(app, "tune", interrupted)
     answer = tune(home, home/"stopped")
     assert answer.exit_code == 130 and "--resume" in answer.stderr
 

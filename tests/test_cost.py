@@ -16,7 +16,8 @@ from instructvideo_kit.policy.lora import add_lora, disabled_lora, lora_paramete
 from instructvideo_kit.policy.recompute import recomputed, units
 from instructvideo_kit.reward.clip import ClipReward
 from instructvideo_kit.tuning.cache import DiskCache
-from instructvideo_kit.tuning.instructvideo import InstructVideoConfig, edit, step_cost, tune
+from instructvideo_kit.tuning.algorithm import tune
+from instructvideo_kit.tuning.instructvideo import InstructVideo, InstructVideoConfig, edit
 from instructvideo_kit.tuning.memory import MEMORY_PRESETS, check_memory, step_memory, with_memory_preset
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -104,7 +105,7 @@ def test_the_free_context_holds_the_steps_without_gradient_and_no_others(policy,
 
 def test_two_levels_of_recomputation_are_refused():
     with pytest.raises(KitError, match="both on, expected one"): InstructVideoConfig(checkpoint=True, checkpoint_blocks=True)
-    assert step_cost(replace(CONFIG, checkpoint_blocks=True)) == step_cost(CONFIG) + 2
+    assert InstructVideo.step_cost(replace(CONFIG, checkpoint_blocks=True)) == InstructVideo.step_cost(CONFIG) + 2
 
 
 def redness(frames, prompts): return (frames[:, :, 0] - frames[:, :, 1:].mean(2)).tanh().mean((-1, -2))
@@ -113,11 +114,11 @@ def redness(frames, prompts): return (frames[:, :, 0] - frames[:, :, 1:].mean(2)
 def test_a_resumed_run_encodes_no_clip_and_no_text_again(folder, tmp_path):
     policy = VideoPolicy.from_pretrained(folder)
     clips = [(torch.rand(policy.n_frames, 3, *policy.size, generator=torch.Generator().manual_seed(i)), f"a {w} cat") for i, w in enumerate(("red", "blue"))]
-    tune(policy, redness, clips, replace(CONFIG, steps=4, save_every=2), tmp_path / "run", stop_after=2, progress=False)
+    tune("instructvideo", policy, redness, clips, replace(CONFIG, steps=4, save_every=2), tmp_path / "run", stop_after=2, progress=False)
     again = VideoPolicy.from_pretrained(folder)
     def refuse(*_): raise AssertionError("computed twice")
     again.encode, again.read_text = refuse, refuse
-    done = tune(again, redness, clips, replace(CONFIG, steps=4, save_every=2), tmp_path / "run", resume=True, progress=False)
+    done = tune("instructvideo", again, redness, clips, replace(CONFIG, steps=4, save_every=2), tmp_path / "run", resume=True, progress=False)
     assert done.finished and len(done.rows()) == 4
 
 
@@ -175,7 +176,7 @@ def test_the_network_is_compiled_when_asked_for(folder, tmp_path, monkeypatch): 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: asked.append(type(self).__name__))
     fresh = VideoPolicy.from_pretrained(folder)
     clips = [(torch.rand(fresh.n_frames, 3, *fresh.size), "a red cat")] * 2
-    tune(fresh, redness, clips, replace(CONFIG, steps=1, compile=True), tmp_path / "run", progress=False)
+    tune("instructvideo", fresh, redness, clips, replace(CONFIG, steps=1, compile=True), tmp_path / "run", progress=False)
     assert asked == ["UNet3DConditionModel"]
 
 

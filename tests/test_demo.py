@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from instructvideo_kit import demo
+from instructvideo_kit import app, demo
 from instructvideo_kit.files import KitError
 from instructvideo_kit.measure.report import chosen_frames, settings
+from instructvideo_kit.tuning.config import load_preset
 from instructvideo_kit.tuning.instructvideo import InstructVideoConfig
-from instructvideo_kit.tuning.trainer import load_preset
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_pipeline, tiny_preset, tiny_reward  # noqa: E402
@@ -76,7 +76,7 @@ def test_a_failing_start_leaves_the_old_demo(run, home):
 
 def test_lora_is_found_and_the_config_with_it(run, home):
     for path in (home/"out", home/"out/tune", home/"out/tune/lora"):
-        lora, config = demo.find_lora(path)
+        lora, config = app.find_lora(path)
         assert lora.resolve() == (home/"out/tune/lora").resolve() and config["reward"] == str(home/"reward")
 
 
@@ -99,4 +99,4 @@ def test_stages_learn_their_pace(capsys):
 
 def test_quick_and_full_hold_what_the_readme_says():
     assert demo.FULL.captions >= 48 and demo.FULL.seeds == 2 and demo.FULL.n_ddim == 20
-    assert sum(map(len, demo.held_out(8).values())) == 8
+    assert sum(map(len, app.held_out(8).values())) == 8

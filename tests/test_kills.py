@@ -12,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from instructvideo_kit.tuning import instructvideo, online_dpo, trainer
-from instructvideo_kit.tuning.common import clip_judge
-from instructvideo_kit.tuning.trainer import RunFolder, complete, read_log
+from instructvideo_kit.tuning import trainer
+from instructvideo_kit.tuning.algorithm import tune
+from instructvideo_kit.tuning.instructvideo import InstructVideoConfig
+from instructvideo_kit.tuning.online_dpo import OnlineDPOConfig
+from instructvideo_kit.tuning.rollouts import clip_judge
+from instructvideo_kit.tuning.run_folder import RunFolder, complete, read_log
 from instructvideo_kit.tuning.watch import held_out_evaluation
 
 HERE = Path(__file__).parent
@@ -27,9 +30,10 @@ quick_dump = trainer.dump
 KILLS, PAUSE, FOREVER = 10, .04, 10**6 # kills of each run; seconds in the middle of writing a file; steps
 DRAWN = {k: v for k, v in SMALL.items() if k not in ("tau", "clamp")}
 RUNS = { # dropout draws from a global generator; of online DPO the reference belongs to the state too
-    "instructvideo": (instructvideo, instructvideo.InstructVideoConfig(**{
-        **SMALL, "steps": FOREVER, "dropout": True, "augment_noise": .05, "ema_decay": .9, "eval_every": 3, "sample_every": 5})),
-    "onlinevpo": (online_dpo, online_dpo.OnlineDPOConfig(**{**DRAWN, "n_ddim": 2, "steps": FOREVER, "save_every": 1, "n_candidates": 2, "ref_update_every": 2}))}
+    "instructvideo": InstructVideoConfig(**{
+        **SMALL, "steps": FOREVER, "dropout": True, "augment_noise": .05, "ema_decay": .9, "eval_every": 3, "sample_every": 5}),
+    "onlinevpo": OnlineDPOConfig(**{
+        **DRAWN, "n_ddim": 2, "steps": FOREVER, "save_every": 1, "n_candidates": 2, "ref_update_every": 2})}
 
 
 def slow_dump(value, path, dump=trainer.dump):
@@ -61,14 +65,14 @@ def writing(run, since):
 def nursery(name, folder, home):
     "Imports once; then raises copies of itself that tune, and kills them. Notes after each kill go to notes.json."
     torch.set_num_threads(1)
-    module, config = RUNS[name]
+    config = RUNS[name]
     policy = open_policy(folder)
     data, rng, run, notes = some_clips(policy), random.Random(name), home/"killed", []
     evaluate = held_out_evaluation(["a red dog", "a blue bird"], {"reward": clip_judge(redness), "second": clip_judge(lambda f, p: -redness(f, p))}, 2)
     def life(path, config=config, dump=slow_dump, **options):
         trainer.dump = dump
-        module.tune(policy, redness, data, config, path, resume=True, evaluate=evaluate, progress=False, **options)
-    module.tune(open_policy(folder), redness, data, config, home/"warm", progress=False, stop_after=1) # imports what is imported late
+        tune(name, policy, redness, data, config, path, resume=True, evaluate=evaluate, progress=False, **options)
+    tune(name, open_policy(folder), redness, data, config, home/"warm", progress=False, stop_after=1) # imports what is imported late
     start = time.perf_counter()
     whole(fork(lambda: life(home/"pace", stop_after=4)))
     pace = time.perf_counter() - start

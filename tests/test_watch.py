@@ -13,14 +13,17 @@ from safetensors.torch import load_file
 
 from instructvideo_kit.files import KitError
 from instructvideo_kit.policy.lora import lora_parameters, read_lora
-from instructvideo_kit.tuning import online_dpo, trainer
-from instructvideo_kit.tuning.common import clip_judge
-from instructvideo_kit.tuning.instructvideo import InstructVideoConfig, tune
-from instructvideo_kit.tuning.trainer import RunFolder, TrainerConfig, read_log
+from instructvideo_kit.tuning import process
+from instructvideo_kit.tuning.algorithm import tune as tune_with
+from instructvideo_kit.tuning.config import TrainerConfig
+from instructvideo_kit.tuning.instructvideo import InstructVideoConfig
+from instructvideo_kit.tuning.online_dpo import OnlineDPOConfig
+from instructvideo_kit.tuning.rollouts import clip_judge
+from instructvideo_kit.tuning.run_folder import RunFolder, complete, read_log
 from instructvideo_kit.tuning.watch import best_step, flicker, held_out_evaluation, mean_interval, over_optimised, spread
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_tuning import SMALL, open_policy, patch_folder, redness, some_clips  # noqa: E402,F401
+from test_tuning import SMALL, open_policy, patch_folder, redness, some_clips, tune  # noqa: E402,F401
 
 CONFIG = InstructVideoConfig(**SMALL)
 LORA = "pytorch_lora_weights.safetensors"
@@ -137,11 +140,11 @@ def test_an_evaluation_has_the_same_noise_each_time_and_judges_of_any_kind(patch
     class Video: # a judge with several numbers
         dims = ("visual_quality", "temporal_consistency", "dynamic_degree", "text_to_video_alignment", "factual_consistency")
         def __call__(self, video, prompts): return video.mean((1, 2, 3, 4))[:, None]*torch.ones(5)
-    config = online_dpo.OnlineDPOConfig(n_ddim=2, guidance_scale=1., batch=2, rank=2, steps=2, n_candidates=2, eval_every=1, save_every=2)
+    config = OnlineDPOConfig(n_ddim=2, guidance_scale=1., batch=2, rank=2, steps=2, n_candidates=2, eval_every=1, save_every=2)
     evaluate = held_out_evaluation(["a red dog", "a blue bird"], {"reward": clip_judge(Video(), 0, "dynamic_degree"), "second": clip_judge(redness)}, 2)
     first = evaluate(policy, 0)
     assert first == evaluate(policy, 7) and set(first) == {"reward", "second", "flicker", "spread", "clips"}
-    result = online_dpo.tune(policy, Video(), ["a cat", "a fish"], config, tmp_path/"run", evaluate=evaluate, progress=False)
+    result = tune_with("onlinevpo", policy, Video(), ["a cat", "a fish"], config, tmp_path/"run", evaluate=evaluate, progress=False)
     assert len(result.rows("eval")) == 3 and result.rows("eval")[0]["reward"] == first["reward"] and result.best is not None
     with pytest.raises(ValueError, match="expected at least one caption"): held_out_evaluation(["a"], {"second": redness})
 
@@ -158,7 +161,7 @@ def test_sample_strips_are_comparable(patch_folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_tracker_without_its_package_is_one_line_before_a_folder_is_made(patch_folder, tmp_path, monkeypatch, name):
-    monkeypatch.setitem(trainer.TRACKERS, name, lambda: False)
+    monkeypatch.setitem(process.AVAILABLE, name, lambda: False)
     policy = open_policy(patch_folder)
     with pytest.raises(KitError, match=f"pip install {name}") as error:
         tune(policy, redness, some_clips(policy), replace(CONFIG, tracker=name), tmp_path/"run", progress=False)
@@ -175,7 +178,7 @@ def test_wandb_is_offline_and_inside_the_run_folder_unless_told_otherwise(patch_
         def finish(self): told.append("finished")
     def init_trackers(self, name, config=None, init_kwargs={}): calls.append((name, config, init_kwargs)); self.trackers = [Tracker()]
     monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda log_with, *args: [log_with] if log_with else [])
-    monkeypatch.setattr("accelerate.Accelerator.init_trackers", init_trackers); monkeypatch.setitem(trainer.TRACKERS, "wandb", lambda: True)
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", init_trackers); monkeypatch.setitem(process.AVAILABLE, "wandb", lambda: True)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for kind in ("CACHE", "CONFIG", "DATA"): monkeypatch.setenv(f"WANDB_{kind}_DIR", "x"); monkeypatch.delenv(f"WANDB_{kind}_DIR")
     if mode: monkeypatch.setenv("WANDB_MODE", mode)
@@ -201,8 +204,8 @@ def test_stop_saves_and_the_run_goes_on_exactly(patch_folder, tmp_path):
     result = tune(open_policy(patch_folder), redness, clips, replace(CONFIG, save_every=100), tmp_path/"run", progress=False, stop=stop)
     assert (result.steps, result.finished, result.lora.name) == (3, False, "step-000003")
     assert losses(tune(open_policy(patch_folder), redness, clips, CONFIG, tmp_path/"run", resume=True, progress=False)) == losses(straight)
-    config = online_dpo.OnlineDPOConfig(n_ddim=2, guidance_scale=1., batch=2, rank=2, steps=9, n_candidates=2)
-    online = online_dpo.tune(open_policy(patch_folder), redness, ["a cat", "a fish"], config, tmp_path/"online", progress=False, stop=lambda: True)
+    config = OnlineDPOConfig(n_ddim=2, guidance_scale=1., batch=2, rank=2, steps=9, n_candidates=2)
+    online = tune_with("onlinevpo", open_policy(patch_folder), redness, ["a cat", "a fish"], config, tmp_path/"online", progress=False, stop=lambda: True)
     assert online.steps == 1 and online.lora.is_dir()
 
 
@@ -222,7 +225,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_can_go_on(patch_folde
         with pytest.raises(KitError, match="step 4 could not be saved .*last good checkpoint: .*step-000002") as error:
             tune(open_policy(patch_folder), fills, clips, CONFIG, run, progress=False)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "\n" not in str(error.value) and [p.name for p in (run/"checkpoints").iterdir()] == ["step-000002"] and trainer.complete(run/"checkpoints/step-000002")
+    assert "\n" not in str(error.value) and [p.name for p in (run/"checkpoints").iterdir()] == ["step-000002"] and complete(run/"checkpoints/step-000002")
     assert losses(tune(open_policy(patch_folder), redness, clips, CONFIG, run, resume=True, progress=False)) == losses(straight)
 
 
