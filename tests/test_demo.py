@@ -21,7 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the text encoder takes", "ignore
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("demo")
-    tiny_pipeline(home/"policy", prediction_type="v_prediction", vae="patch"); tiny_reward(home/"reward"); tiny_preset(home, batch=2)
+    tiny_pipeline(home/"policy", prediction_type="v_prediction", vae="patch"); tiny_reward(home/"reward")
+    tiny_preset(home, batch=2)
     return home
 
 
@@ -40,8 +41,10 @@ def run(home):
 
 def test_report_is_one_file_that_needs_nothing_else(run):
     page = run[0].read_text()
-    assert page.count("data:image/webp") == 3 and not re.findall(r'(?:src|href)=["\'](?!data:)', page) and "<script" not in page and "@import" not in page
-    for words in ("95 % interval", "DRaFT-1", "Fig. 5b", "instructvideo-kit evaluate", "TAR weighs"): assert words in page, words
+    assert page.count("data:image/webp") == 3 and not re.findall(r'(?:src|href)=["\'](?!data:)',
+        page) and "<script" not in page and "@import" not in page
+    for words in ("95 % interval", "DRaFT-1", "Fig. 5b", "instructvideo-kit evaluate", "TAR weighs"):
+        assert words in page, words
 
 
 def test_figures_are_saved(run):
@@ -65,7 +68,8 @@ def test_a_demo_replaces_a_demo_and_nothing_else(run, home, capsys):
     assert not (home/"out/old.txt").exists() and (home/"out/report.html").exists()
     assert [f"[{i}/5]" in said for i in range(1, 6)] == [True]*5 and "left" in said
     (home/"mine").mkdir(); (home/"mine/thesis.txt").write_text("years")
-    with pytest.raises(KitError, match="holds something else"): demo.run_demo(home/"mine", preset=home/"preset.yaml", size=SMALL)
+    with pytest.raises(KitError, match="holds something else"):
+        demo.run_demo(home/"mine", preset=home/"preset.yaml", size=SMALL)
     assert (home/"mine/thesis.txt").read_text() == "years"
 
 

@@ -43,7 +43,8 @@ def home(tmp_path_factory):
 def kit(home, *args):
     "The program in a process of its own, with the presets in home."
     paths = [str(home), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "INSTRUCTVIDEO_KIT_PRESETS": str(home/"presets"), "COLUMNS": "200"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "INSTRUCTVIDEO_KIT_PRESETS": str(home/"presets"),
+           "COLUMNS": "200"}
     command = [sys.executable, *map(str, args)]
     done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -65,7 +66,8 @@ def test_tune_takes_it_and_the_register_knows_its_cost(home):
     rows = [json.loads(line) for line in (home/"run/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2] and all("reward" in row for row in rows)
     assert (home/"run/lora/pytorch_lora_weights.safetensors").is_file()
-    table = kit(home, "-c", "import json; from instructvideo_kit.tuning.algorithm import cost_table; print(json.dumps(cost_table()))")
+    code = "import json; from instructvideo_kit.tuning.algorithm import cost_table; print(json.dumps(cost_table()))"
+    table = kit(home, "-c", code)
     costs = {row["algorithm"]: row for row in json.loads(table.splitlines()[-1])}
     assert costs["toy"]["cost"] == 6 and costs["toy"]["total"] == 6*2*2 and set(costs) == {*algorithms(), "toy"}
 

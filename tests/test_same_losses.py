@@ -1,7 +1,8 @@
 """Five steps of every algorithm with a fixed seed, held against a recorded log: restructuring must not change a number.
 
-The log was recorded before the algorithms got their common spine; on the machine that recorded it the numbers came out bit for bit
-after it. Other processors sum in another order, so the test allows a difference of 1e-4 of a column's size.
+The log was recorded before the algorithms got their common spine; on the machine that recorded it the numbers
+came out bit for bit after it. Other processors sum in another order, so the test allows a
+difference of 1e-4 of a column's size.
 `python tests/test_same_losses.py` records anew, `--exact` compares bit for bit on one machine."""
 import json
 import sys
@@ -31,8 +32,10 @@ RUN = dict(batch=2, rank=2, lr=1e-2, steps=5, save_every=5, seed=3)
 DRAWN = dict(RUN, n_ddim=3, guidance_scale=3.)
 PUSHED = dict(DRAWN, clamp="straight")
 RUNS = { # name of the run -> (algorithm, config, what it tunes on)
-    "instructvideo": ("instructvideo", InstructVideoConfig(**RUN, n_ddim=5, tau=.4, clamp="straight", augment_noise=.05, offset_noise=.1, dropout=True), "clips"),
-    "instructvideo_steps": ("instructvideo", InstructVideoConfig(**RUN, n_ddim=5, tau=.6, grad_steps=2, frames_at_once=2, checkpoint_blocks=True, ema_decay=.5), "clips"),
+    "instructvideo": ("instructvideo", InstructVideoConfig(**RUN, n_ddim=5, tau=.4, clamp="straight", augment_noise=.05,
+                                                           offset_noise=.1, dropout=True), "clips"),
+    "instructvideo_steps": ("instructvideo", InstructVideoConfig(**RUN, n_ddim=5, tau=.6, grad_steps=2,
+    frames_at_once=2, checkpoint_blocks=True, ema_decay=.5), "clips"),
     "draft": ("draft", DraftConfig(**PUSHED, grad_steps=2), "captions"),
     "draft_lv": ("draft", DraftConfig(**PUSHED, lv_noises=2, dropout=True), "captions"),
     "vader": ("vader", DraftConfig(**PUSHED, grad_steps=3, truncation="random", n_segments=1), "captions"),
@@ -43,7 +46,8 @@ RUNS = { # name of the run -> (algorithm, config, what it tunes on)
     "ddpo_sf": ("ddpo", DDPOConfig(**DRAWN, estimator="sf", updates_per_round=1, grad_accum=2, eta=.5), "captions"),
     "dpo": ("dpo", DPOConfig(**DRAWN, n_candidates=3, timesteps_per_pair=2), "captions"),
     "dpo_pairs": ("dpo", DPOConfig(**RUN), "pairs"),
-    "onlinevpo": ("onlinevpo", OnlineDPOConfig(**DRAWN, n_candidates=2, ref_update_every=2, timesteps_per_pair=2), "captions"),
+    "onlinevpo": ("onlinevpo", OnlineDPOConfig(**DRAWN, n_candidates=2, ref_update_every=2, timesteps_per_pair=2),
+                  "captions"),
 }
 
 

@@ -10,7 +10,8 @@ class Toy(Algorithm):
     def loss(self, positions):
         prompts, generators = self.captions_at(positions), self.generators_at(positions)
         z = draw_clips(self.policy, prompts, draw_noise(self.policy.latent_shape, generators), self.config)
-        reward, eps = judge(self.policy, self.reward, z, prompts, self.config), draw_noise(self.policy.latent_shape, generators)
+        reward, eps = judge(self.policy, self.reward, z, prompts, self.config), draw_noise(self.policy.latent_shape,
+            generators)
         errors = prediction_errors(self.policy, z, eps, draw_timesteps(self.policy, generators), prompts)
         return (reward.to(errors)*errors).mean(), {"reward": reward.mean()}
 
