@@ -18,7 +18,7 @@ from instructvideo_kit.files import write_atomic
 from instructvideo_kit.policy.lora import add_lora, lora_parameters
 from instructvideo_kit.tuning.online_dpo import OnlineDPO, OnlineDPOConfig
 from instructvideo_kit.tuning.refl import Refl, ReflConfig
-from instructvideo_kit.tuning.trainer import make_accelerator
+from instructvideo_kit.tuning.process import make_accelerator
 
 PROMPTS = ["a fox walking to the left in the meadow"]
 
@@ -29,7 +29,7 @@ def steps(policy, reward):
     online = OnlineDPOConfig(n_candidates=2, samples_at_once=1, **shared)
     refl = ReflConfig(grad_accum=1, stop_from=1, stop_to=1, n_segments=policy.n_frames, margin=10., **shared)
     accelerator = make_accelerator(online, policy.device)
-    return {"onlinevpo": lambda: OnlineDPO(policy, reward, PROMPTS, online, accelerator)(range(1)), "refl": lambda: Refl(policy, reward, PROMPTS, refl, accelerator)(range(1))}
+    return {"onlinevpo": lambda: OnlineDPO(policy, reward, PROMPTS, online, accelerator).step(range(1)), "refl": lambda: Refl(policy, reward, PROMPTS, refl, accelerator).step(range(1))}
 
 
 def measure(pixels, frames, args):

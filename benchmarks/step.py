@@ -33,7 +33,8 @@ from instructvideo_kit.policy.lora import add_lora, lora_parameters, merged_lora
 from instructvideo_kit.policy.recompute import recomputed
 from instructvideo_kit.reward.clip import ClipReward
 from instructvideo_kit.reward.segvr import segment_frames
-from instructvideo_kit.tuning.instructvideo import InstructVideoConfig, edit, objective, reward_gradient, score
+from instructvideo_kit.tuning.gradient import objective, reward_gradient, score
+from instructvideo_kit.tuning.instructvideo import InstructVideoConfig, edit
 
 SHAPES = { # a pipeline with an AutoencoderKL, so that decoding costs something
     "small": dict(unet=(64, 96), text=96, vae=(48, 96, 96), vae_layers=2, size=48, frames=16, head=8, reward=dict(hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6, image_size=64, patch_size=8)),

@@ -18,7 +18,8 @@ from tiny import N_FRAMES, SIZE, tiny_pipeline, tiny_preset, tiny_reward  # noqa
 def home(tmp_path_factory):
     "policy/, reward/, preset.yaml, clips/ and a finished run."
     home = tmp_path_factory.mktemp("cli")
-    tiny_pipeline(home/"policy", prediction_type="v_prediction", vae="patch"); tiny_reward(home/"reward"); tiny_preset(home)
+    tiny_pipeline(home/"policy", prediction_type="v_prediction", vae="patch"); tiny_reward(home/"reward")
+    tiny_preset(home)
     generator = torch.Generator().manual_seed(0)
     for name in "ab": write_video(home/f"clips/{name}.mp4", torch.rand(10, 3, 24, 32, generator=generator))
     (home/"clips/metadata.csv").write_text("file_name,text\na.mp4,a red cat\nb.mp4,the blue dog runs\n")
@@ -31,13 +32,15 @@ def home(tmp_path_factory):
 def call(*args): return CliRunner().invoke(cli.app, [str(a) for a in args])
 
 
-def tune(home, out, *more, data="clips", preset="preset.yaml"): return call("tune", "--data", home/data, "--preset", home/preset, "--out", out, *more)
+def tune(home, out, *more, data="clips", preset="preset.yaml"):
+    return call("tune", "--data", home/data, "--preset", home/preset, "--out", out, *more)
 
 
 def refused(answer, *words):
     "Exit code 2 and one line on stderr with these words."
     assert answer.exit_code == 2, (answer.exit_code, answer.output, answer.exception)
-    lines = [line for line in answer.stderr.splitlines() if not line.startswith("instructvideo-kit: note:") and "|" not in line]
+    said = answer.stderr.splitlines()
+    lines = [line for line in said if not line.startswith("instructvideo-kit: note:") and "|" not in line]
     assert len(lines) == 1 and lines[0].startswith("instructvideo-kit: "), answer.stderr
     for word in words: assert word in lines[0], lines[0]
 
@@ -56,17 +59,20 @@ def test_resume_goes_on(home):
 
 
 def test_interrupt_says_how_to_go_on(home, monkeypatch):
-    from instructvideo_kit.tuning import instructvideo
+    from instructvideo_kit import app
     def interrupted(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(instructvideo, "tune", interrupted)
+    monkeypatch.setattr(app, "tune", interrupted)
     answer = tune(home, home/"stopped")
     assert answer.exit_code == 130 and "--resume" in answer.stderr
 
 
 def test_sample(home):
-    answer = call("sample", "a red cat", "the blue bird", "--policy", home/"policy", "--lora", home/"run", "--out", home/"drawn", "--steps", 2, "--n", 2)
+    answer = call("sample", "a red cat", "the blue bird", "--policy", home/"policy", "--lora", home/"run", "--out",
+                  home/"drawn", "--steps", 2, "--n", 2)
     assert answer.exit_code == 0, answer.output
-    assert len(list((home/"drawn").glob("*.mp4"))) == 4 and (home/"drawn/strip.png").is_file() and (home/"drawn/01-a-red-cat-seed1.mp4").is_file()
+    assert len(list((home/"drawn").glob("*.mp4"))) == 4
+    assert (home/"drawn/strip.png").is_file()
+    assert (home/"drawn/01-a-red-cat-seed1.mp4").is_file()
 
 
 def test_evaluate(home):
@@ -75,7 +81,9 @@ def test_evaluate(home):
     assert answer.exit_code == 0, answer.output
     assert "reward" in answer.output and "no oracle" in answer.stderr
     found = json.loads((home/"run/evaluation-d2/comparison.json").read_text())
-    assert found["rows"][0]["metric"] == "reward" and found["rows"][0]["prompts"] == 2 and found["rows"][0]["difference"] != 0
+    assert found["rows"][0]["metric"] == "reward"
+    assert found["rows"][0]["prompts"] == 2
+    assert found["rows"][0]["difference"] != 0
     assert "| reward |" in (home/"run/evaluation-d2/comparison.md").read_text()
 
 
@@ -87,15 +95,18 @@ def test_evaluate_without_captions_or_lora(home):
 
 
 @pytest.mark.parametrize("field, words", [
-    ("tau=1.5", ["tau", "1.5"]), ("tau=0", ["tau"]), ("tau=0.01", ["tau * n_ddim is 0.05", "raise tau"]), ("n_segments=99", ["n_segments is 99", f"{N_FRAMES} frames"]),
-    ("lamtar=1", ['no field "lamtar"', '"lam_tar"']), ("lr=fast", ["lr is 'fast'"]), ("tau", ["field=value"]), ("tau=", ["no value"]), ("frames=rand", ['"random"'])])
+    ("tau=1.5", ["tau", "1.5"]), ("tau=0", ["tau"]), ("tau=0.01", ["tau * n_ddim is 0.05", "raise tau"]),
+    ("n_segments=99", ["n_segments is 99", f"{N_FRAMES} frames"]),
+    ("lamtar=1", ['no field "lamtar"', '"lam_tar"']), ("lr=fast", ["lr is 'fast'"]), ("tau", ["field=value"]),
+    ("tau=", ["no value"]), ("frames=rand", ['"random"'])])
 def test_bad_field(home, tmp_path, field, words):
     refused(tune(home, tmp_path/"out", "--set", field), *words)
     assert not (tmp_path/"out").exists()
 
 
 def test_bad_preset(home, tmp_path):
-    refused(call("tune", "--data", home/"clips", "--preset", "menagerei", "--out", tmp_path/"out"), 'did you mean "menagerie')
+    refused(call("tune", "--data", home/"clips", "--preset", "menagerei", "--out", tmp_path/"out"),
+            'did you mean "menagerie')
     (home/"odd.yaml").write_text("taus: 0.5\n")
     refused(tune(home, tmp_path/"out", preset="odd.yaml"), 'no field "taus"', '"tau"')
     (home/"torn.yaml").write_text("tau: [0.5\n")
@@ -122,10 +133,14 @@ def test_unreadable_clips_are_skipped_with_a_count_and_long_captions_told(home):
     (home/"mixed").mkdir()
     for name in "ab": (home/f"mixed/{name}.mp4").write_bytes((home/f"clips/{name}.mp4").read_bytes())
     (home/"mixed/c.mp4").write_text("not a video")
-    (home/"mixed/list.txt").write_text("a.mp4|||a cat runs left in the field on the sea at night red blue\nb.mp4|||a dog|||1\nc.mp4|||a cat\n")
+    long = "a.mp4|||a cat runs left in the field on the sea at night red blue"
+    (home/"mixed/list.txt").write_text(f"{long}\nb.mp4|||a dog|||1\nc.mp4|||a cat\n")
     answer = tune(home, home/"from_list", "--steps", 2, data="mixed/list.txt")
     assert answer.exit_code == 0, answer.output
-    assert "1 of 3 left out" in answer.output and "c.mp4" in answer.output and "lose the rest" in answer.output and "note:" in answer.stderr
+    assert "1 of 3 left out" in answer.output
+    assert "c.mp4" in answer.output
+    assert "lose the rest" in answer.output
+    assert "note:" in answer.stderr
 
 
 def test_folder_of_another_run(home):
@@ -158,8 +173,10 @@ def test_menagerie_train(tmp_path, monkeypatch):
     monkeypatch.setattr(oracle, "train_oracle", train_oracle); monkeypatch.setattr(cli, "HERE", tmp_path/"package")
     answer = call("menagerie", "train", "--part", "oracle", "--out", tmp_path/"o", "--steps", 3, "--ship")
     assert answer.exit_code == 0, answer.output
-    assert asked == {"seed": 0, "steps": 3} and [p.name for p in (tmp_path/"package/weights/oracle/menagerie").iterdir()] == ["oracle.safetensors"]
-    assert call("menagerie", "train", "--part", "oracle", "--out", tmp_path/"o", "--ship").exit_code == 0 # a second time, over the first
+    assert asked == {"seed": 0, "steps": 3}
+    assert [p.name for p in (tmp_path/"package/weights/oracle/menagerie").iterdir()] == ["oracle.safetensors"]
+    # a second time, over the first
+    assert call("menagerie", "train", "--part", "oracle", "--out", tmp_path/"o", "--ship").exit_code == 0
     refused(call("menagerie", "train", "--part", "judges", "--out", tmp_path/"o"), '"judge"')
 
 
@@ -169,7 +186,8 @@ def test_menagerie_export_and_show(tmp_path):
     assert sorted(p.name for p in (tmp_path/"clips").iterdir()) == ["00000.mp4", "00001.mp4", "metadata.csv"]
     refused(call("menagerie", "export", tmp_path/"other", "--split", "test", "--n", 1), "no split 'test'")
     refused(call("menagerie", "export", tmp_path/"clips", "--n", 1, "--size", 32), "already holds metadata.csv")
-    assert call("menagerie", "show", tmp_path/"sheet.png", "--n", 4, "--size", 32).exit_code == 0 and (tmp_path/"sheet.png").stat().st_size > 500
+    assert call("menagerie", "show", tmp_path/"sheet.png", "--n", 4, "--size",
+                32).exit_code == 0 and (tmp_path/"sheet.png").stat().st_size > 500
 
 
 def test_doctor(monkeypatch):
@@ -192,9 +210,14 @@ def test_eval_every_holds_captions_out_and_keeps_the_best(home):
     assert tune(home, home/"watched", "--set", "eval_every=1", "--set", "sample_every=2").exit_code == 0
     rows = [json.loads(line) for line in (home/"watched/log.jsonl").read_text().splitlines()]
     evaluations = [r for r in rows if r["kind"] == "eval"]
-    assert [r["step"] for r in evaluations] == [0, 1, 2] and all({"reward", "flicker", "spread"} <= set(r) and len(r["clips"]["reward"]) == 1 for r in evaluations)
-    assert json.loads((home/"watched/inputs.json").read_text())["clips"].startswith("1:") # one of two captions is held out
-    assert (home/"watched"/json.loads((home/"watched/best.json").read_text())["lora"]).is_dir() and len(list((home/"watched/samples").iterdir())) == 2
+    assert [r["step"] for r in evaluations] == [0, 1, 2]
+    assert all({"reward", "flicker", "spread"} <= set(r) for r in evaluations)
+    assert all(len(r["clips"]["reward"]) == 1 for r in evaluations)
+    # one of two captions is held out
+    assert json.loads((home/"watched/inputs.json").read_text())["clips"].startswith("1:")
+    assert (home/"watched"/json.loads((home/"watched/best.json").read_text())["lora"]).is_dir()
+    assert len(list((home/"watched/samples").iterdir())) == 2
     (home/"alike").mkdir(exist_ok=True)
     (home/"alike/list.txt").write_text(f"{home}/clips/a.mp4|||a red cat\n{home}/clips/b.mp4|||a red cat\n")
-    refused(tune(home, home/"no", "--set", "eval_every=1", data="alike/list.txt"), "1 different captions", "eval_every 0")
+    refused(tune(home, home/"no", "--set", "eval_every=1", data="alike/list.txt"), "1 different captions",
+            "eval_every 0")

@@ -16,7 +16,8 @@ from instructvideo_kit.policy.lora import add_lora, disabled_lora, lora_paramete
 from instructvideo_kit.policy.recompute import recomputed, units
 from instructvideo_kit.reward.clip import ClipReward
 from instructvideo_kit.tuning.cache import DiskCache
-from instructvideo_kit.tuning.instructvideo import InstructVideoConfig, edit, step_cost, tune
+from instructvideo_kit.tuning.algorithm import tune
+from instructvideo_kit.tuning.instructvideo import InstructVideo, InstructVideoConfig, edit
 from instructvideo_kit.tuning.memory import MEMORY_PRESETS, check_memory, step_memory, with_memory_preset
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -50,10 +51,12 @@ def edited(policy, **options):
     g = torch.Generator().manual_seed(2)
     z, eps = (torch.randn(2, *policy.latent_shape, generator=g) for _ in range(2))
     z_0 = edit(policy, z, eps, PROMPTS, replace(CONFIG, **options))
-    return z_0.detach(), torch.cat([x.flatten() for x in torch.autograd.grad(z_0.square().mean(), lora_parameters(policy))])
+    return z_0.detach(), torch.cat([x.flatten() for x in torch.autograd.grad(z_0.square().mean(),
+        lora_parameters(policy))])
 
 
-@pytest.mark.parametrize("options", [dict(merge_lora=True), dict(checkpoint_blocks=True), dict(checkpoint=True), dict(merge_lora=True, checkpoint_blocks=True, grad_steps=2)])
+@pytest.mark.parametrize("options", [dict(merge_lora=True), dict(checkpoint_blocks=True), dict(checkpoint=True),
+                                     dict(merge_lora=True, checkpoint_blocks=True, grad_steps=2)])
 def test_cheaper_is_the_same(policy, options):
     tuned(policy)
     plain = edited(policy, **{"merge_lora": False, "grad_steps": options.get("grad_steps", 1)})
@@ -98,13 +101,15 @@ def test_the_free_context_holds_the_steps_without_gradient_and_no_others(policy,
     def model(z, t):
         seen.append((bool(open_now), torch.is_grad_enabled()))
         return z * .1
-    denoise(model, torch.ones(1, 1, 1, 1, 1, requires_grad=True), ddim_timesteps(5, 1000, .6), policy.schedule, grad_steps, free=free)
+    denoise(model, torch.ones(1, 1, 1, 1, 1, requires_grad=True), ddim_timesteps(5, 1000, .6), policy.schedule,
+            grad_steps, free=free)
     assert seen == [(True, False)] * inside + [(False, True)] * grad_steps
 
 
 def test_two_levels_of_recomputation_are_refused():
-    with pytest.raises(KitError, match="both on, expected one"): InstructVideoConfig(checkpoint=True, checkpoint_blocks=True)
-    assert step_cost(replace(CONFIG, checkpoint_blocks=True)) == step_cost(CONFIG) + 2
+    with pytest.raises(KitError, match="both on, expected one"):
+        InstructVideoConfig(checkpoint=True, checkpoint_blocks=True)
+    assert InstructVideo.step_cost(replace(CONFIG, checkpoint_blocks=True)) == InstructVideo.step_cost(CONFIG) + 2
 
 
 def redness(frames, prompts): return (frames[:, :, 0] - frames[:, :, 1:].mean(2)).tanh().mean((-1, -2))
@@ -112,12 +117,15 @@ def redness(frames, prompts): return (frames[:, :, 0] - frames[:, :, 1:].mean(2)
 
 def test_a_resumed_run_encodes_no_clip_and_no_text_again(folder, tmp_path):
     policy = VideoPolicy.from_pretrained(folder)
-    clips = [(torch.rand(policy.n_frames, 3, *policy.size, generator=torch.Generator().manual_seed(i)), f"a {w} cat") for i, w in enumerate(("red", "blue"))]
-    tune(policy, redness, clips, replace(CONFIG, steps=4, save_every=2), tmp_path / "run", stop_after=2, progress=False)
+    clips = [(torch.rand(policy.n_frames, 3, *policy.size, generator=torch.Generator().manual_seed(i)),
+              f"a {w} cat") for i, w in enumerate(("red", "blue"))]
+    tune("instructvideo", policy, redness, clips, replace(CONFIG, steps=4, save_every=2), tmp_path / "run",
+         stop_after=2, progress=False)
     again = VideoPolicy.from_pretrained(folder)
     def refuse(*_): raise AssertionError("computed twice")
     again.encode, again.read_text = refuse, refuse
-    done = tune(again, redness, clips, replace(CONFIG, steps=4, save_every=2), tmp_path / "run", resume=True, progress=False)
+    done = tune("instructvideo", again, redness, clips, replace(CONFIG, steps=4, save_every=2), tmp_path / "run",
+                resume=True, progress=False)
     assert done.finished and len(done.rows()) == 4
 
 
@@ -144,7 +152,8 @@ def test_shapes_and_numbers_keep_the_same(policy):
     tuned(policy)
     g = torch.Generator().manual_seed(2)
     z, eps = (torch.randn(2, *policy.latent_shape, generator=g) for _ in range(2))
-    numbers = saved_bytes(lambda: edit(policy, z, eps, PROMPTS, replace(CONFIG, tau=.2, guidance_scale=3.)), policy.network.parameters()) / 2 ** 20
+    numbers = saved_bytes(lambda: edit(policy, z, eps, PROMPTS, replace(CONFIG, tau=.2, guidance_scale=3.)),
+                          policy.network.parameters()) / 2 ** 20
     assert shapes == pytest.approx(numbers, rel=.15)
 
 
@@ -162,7 +171,8 @@ def test_what_memory_grows_with(policy, tmp_path):
 def test_too_little_memory_is_said_before_anything_starts(policy):
     needs = step_memory(policy, redness, CONFIG)
     assert check_memory(policy, redness, CONFIG, available=1e6)["peak"] == needs["peak"]
-    with pytest.raises(KitError, match=r"takes about .* GB beside the weights, .* free: no preset fits"): check_memory(policy, redness, CONFIG, available=0.)
+    with pytest.raises(KitError, match=r"takes about .* GB beside the weights, .* free: no preset fits"):
+        check_memory(policy, redness, CONFIG, available=0.)
 
 
 def test_memory_presets_are_for_a_batch_of_8_and_unknown_ones_name_the_near():
@@ -170,12 +180,14 @@ def test_memory_presets_are_for_a_batch_of_8_and_unknown_ones_name_the_near():
     with pytest.raises(KitError, match="a100-40gb"): with_memory_preset(InstructVideoConfig(), "a100-4gb")
 
 
-def test_the_network_is_compiled_when_asked_for(folder, tmp_path, monkeypatch): # that it computes the same takes two minutes to trace
+# that it computes the same takes two minutes to trace
+def test_the_network_is_compiled_when_asked_for(folder, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: asked.append(type(self).__name__))
     fresh = VideoPolicy.from_pretrained(folder)
     clips = [(torch.rand(fresh.n_frames, 3, *fresh.size), "a red cat")] * 2
-    tune(fresh, redness, clips, replace(CONFIG, steps=1, compile=True), tmp_path / "run", progress=False)
+    tune("instructvideo", fresh, redness, clips, replace(CONFIG, steps=1, compile=True), tmp_path / "run",
+         progress=False)
     assert asked == ["UNet3DConditionModel"]
 
 
@@ -188,4 +200,5 @@ def test_texts_of_policy_and_reward_do_not_mix_though_both_have_one_name(folder,
         again, judge = VideoPolicy.from_pretrained(folder), ClipReward.from_pretrained(tmp_path / "reward")
         again.name = judge.name = "tiny"
         cache_texts(DiskCache(tmp_path / "cache"), again, judge, PROMPTS)
-        assert torch.allclose(again.embed(PROMPTS), want[0], atol=1e-6) and torch.allclose(judge.text_features(PROMPTS), want[1], atol=1e-6)
+        assert torch.allclose(again.embed(PROMPTS), want[0], atol=1e-6) and torch.allclose(judge.text_features(PROMPTS),
+            want[1], atol=1e-6)

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from instructvideo_kit import demo
+from instructvideo_kit import app, demo
 from instructvideo_kit.files import KitError
 from instructvideo_kit.measure.report import chosen_frames, settings
+from instructvideo_kit.tuning.config import load_preset
 from instructvideo_kit.tuning.instructvideo import InstructVideoConfig
-from instructvideo_kit.tuning.trainer import load_preset
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_pipeline, tiny_preset, tiny_reward  # noqa: E402
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the text encoder takes", "ignore
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("demo")
-    tiny_pipeline(home/"policy", prediction_type="v_prediction", vae="patch"); tiny_reward(home/"reward"); tiny_preset(home, batch=2)
+    tiny_pipeline(home/"policy", prediction_type="v_prediction", vae="patch"); tiny_reward(home/"reward")
+    tiny_preset(home, batch=2)
     return home
 
 
@@ -40,8 +41,10 @@ def run(home):
 
 def test_report_is_one_file_that_needs_nothing_else(run):
     page = run[0].read_text()
-    assert page.count("data:image/webp") == 3 and not re.findall(r'(?:src|href)=["\'](?!data:)', page) and "<script" not in page and "@import" not in page
-    for words in ("95 % interval", "DRaFT-1", "Fig. 5b", "instructvideo-kit evaluate", "TAR weighs"): assert words in page, words
+    assert page.count("data:image/webp") == 3 and not re.findall(r'(?:src|href)=["\'](?!data:)',
+        page) and "<script" not in page and "@import" not in page
+    for words in ("95 % interval", "DRaFT-1", "Fig. 5b", "instructvideo-kit evaluate", "TAR weighs"):
+        assert words in page, words
 
 
 def test_figures_are_saved(run):
@@ -65,7 +68,8 @@ def test_a_demo_replaces_a_demo_and_nothing_else(run, home, capsys):
     assert not (home/"out/old.txt").exists() and (home/"out/report.html").exists()
     assert [f"[{i}/5]" in said for i in range(1, 6)] == [True]*5 and "left" in said
     (home/"mine").mkdir(); (home/"mine/thesis.txt").write_text("years")
-    with pytest.raises(KitError, match="holds something else"): demo.run_demo(home/"mine", preset=home/"preset.yaml", size=SMALL)
+    with pytest.raises(KitError, match="holds something else"):
+        demo.run_demo(home/"mine", preset=home/"preset.yaml", size=SMALL)
     assert (home/"mine/thesis.txt").read_text() == "years"
 
 
@@ -76,7 +80,7 @@ def test_a_failing_start_leaves_the_old_demo(run, home):
 
 def test_lora_is_found_and_the_config_with_it(run, home):
     for path in (home/"out", home/"out/tune", home/"out/tune/lora"):
-        lora, config = demo.find_lora(path)
+        lora, config = app.find_lora(path)
         assert lora.resolve() == (home/"out/tune/lora").resolve() and config["reward"] == str(home/"reward")
 
 
@@ -99,4 +103,4 @@ def test_stages_learn_their_pace(capsys):
 
 def test_quick_and_full_hold_what_the_readme_says():
     assert demo.FULL.captions >= 48 and demo.FULL.seeds == 2 and demo.FULL.n_ddim == 20
-    assert sum(map(len, demo.held_out(8).values())) == 8
+    assert sum(map(len, app.held_out(8).values())) == 8

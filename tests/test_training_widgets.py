@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from instructvideo_kit.tuning.instructvideo import tune
+from instructvideo_kit.tuning.algorithm import tune
 from instructvideo_kit.tuning.online_dpo import OnlineDPOConfig
-from instructvideo_kit.tuning.trainer import RunFolder, read_log
+from instructvideo_kit.tuning.run_folder import RunFolder, read_log
 from instructvideo_kit.widgets.candidates import LOSE, REST, WIN, CandidateWall, accuracy_png, candidate_wall, draw_candidates, pair_note
 from instructvideo_kit.widgets.dashboard import TrainingDashboard, dashboard_png
 
@@ -40,8 +40,8 @@ def test_winner_and_loser_are_framed():
 
 
 def test_candidates_are_those_of_a_training_step(patch_folder):
-    from instructvideo_kit.tuning.dpo import candidates
-    from instructvideo_kit.tuning.trainer import example_generator
+    from instructvideo_kit.tuning.rollouts import candidates
+    from instructvideo_kit.tuning.stream import example_generator
     policy, config = open_policy(patch_folder), OnlineDPOConfig(n_ddim=2, guidance_scale=1., n_candidates=3)
     drawn = draw_candidates(policy, redness, ["a cat", "a fish"], config)
     _, scores = candidates(policy, redness, ["a cat", "a fish"], [example_generator(0, p) for p in range(2)], config)
@@ -76,13 +76,13 @@ def test_the_picture_shows_what_there_is():
 
 
 def board(folder, run, clips, config, **options):
-    return TrainingDashboard(tune, lambda: open_policy(folder), redness, clips, config, run, pause=0., **options)
+    return TrainingDashboard("instructvideo", lambda: open_policy(folder), redness, clips, config, run, pause=0., **options)
 
 
 def test_the_button_stops_saved_and_the_run_goes_on_exactly(patch_folder, tmp_path):
     clips = some_clips(open_policy(patch_folder))
     config = InstructVideoConfig(**{**SMALL, "steps": 6, "save_every": 100, "dropout": True})
-    straight = tune(open_policy(patch_folder), redness, clips, config, tmp_path/"straight", progress=False)
+    straight = tune("instructvideo", open_policy(patch_folder), redness, clips, config, tmp_path/"straight", progress=False)
     panel = board(patch_folder, tmp_path/"run", clips, config, profile=clips[0], profile_every=2)
     assert panel.halt.disabled and "step 0 of 6" in panel.note.value
     slow = panel._between_steps

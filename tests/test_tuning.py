@@ -3,6 +3,7 @@ import json
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,21 @@ from instructvideo_kit.files import KitError, shipped
 from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.policy.lora import add_lora, lora_parameters, read_lora
 from instructvideo_kit.reward.segvr import segment_frames
-from instructvideo_kit.tuning.instructvideo import (
-    InstructVideo, InstructVideoConfig, draw_noise, edit, objective, reward_gradient, score, step_cost, tune)
-from instructvideo_kit.tuning.trainer import (
-    RunFolder, TrainerConfig, clip_order, complete, example_generator, load_preset, make_accelerator, positions_of, read_log)
+from instructvideo_kit.tuning.algorithm import tune as tune_with
+from instructvideo_kit.tuning.config import HEADER, TrainerConfig, load_preset
+from instructvideo_kit.tuning.gradient import objective, reward_gradient, score
+from instructvideo_kit.tuning.instructvideo import InstructVideo, InstructVideoConfig, edit
+from instructvideo_kit.tuning.process import make_accelerator
+from instructvideo_kit.tuning.run_folder import RunFolder, complete, read_log
+from instructvideo_kit.tuning.stream import clip_order, draw_noise, example_generator, positions_of
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from tiny import tiny_pipeline  # noqa: E402
 
-SMALL = dict(n_ddim=5, tau=.4, guidance_scale=1., batch=2, rank=2, lr=1e-2, steps=4, save_every=2, clamp="straight") # a chain of two steps
+tune = partial(tune_with, "instructvideo")
+# a chain of two steps
+SMALL = dict(n_ddim=5, tau=.4, guidance_scale=1., batch=2, rank=2, lr=1e-2, steps=4, save_every=2, clamp="straight")
 
 
 def redness(frames, prompts): # curved, so that the gradient depends on the frame
@@ -34,7 +40,8 @@ def folder(tmp_path_factory): return tiny_pipeline(tmp_path_factory.mktemp("tiny
 
 
 @pytest.fixture(scope="module")
-def patch_folder(tmp_path_factory): return tiny_pipeline(tmp_path_factory.mktemp("tiny")/"patch", prediction_type="v_prediction", vae="patch")
+def patch_folder(tmp_path_factory):
+    return tiny_pipeline(tmp_path_factory.mktemp("tiny")/"patch", prediction_type="v_prediction", vae="patch")
 
 
 def open_policy(path):
@@ -49,14 +56,17 @@ def open_policy(path):
 
 def some_clips(policy, n=3):
     generator = torch.Generator().manual_seed(0)
-    return [(torch.rand(policy.n_frames, 3, *policy.size, generator=generator), f"a {w} cat") for w in ("red", "blue", "night")[:n]]
+    return [(torch.rand(policy.n_frames, 3, *policy.size, generator=generator), f"a {w} cat") for w in ("red", "blue",
+        "night")[:n]]
 
 
-@pytest.mark.parametrize("options", [dict(), dict(loss="1-R", lam_tar=0., grad_steps=2, checkpoint=True), dict(frames_at_once=2, batched_cfg=False)])
+@pytest.mark.parametrize("options", [dict(), dict(loss="1-R", lam_tar=0., grad_steps=2, checkpoint=True),
+                                     dict(frames_at_once=2, batched_cfg=False)])
 def test_two_stage_backward_equals_autograd(folder, options):
     policy = open_policy(folder).to(torch.float64)
     lora = add_lora(policy, rank=2)
-    for i, p in enumerate(lora): p.data = .1*torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+    for i, p in enumerate(lora):
+        p.data = .1*torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
     config = InstructVideoConfig(**{**SMALL, "guidance_scale": 3., "frames_at_once": 1, **options})
     prompts, generators = ["a red cat", "a dog runs"], [example_generator(0, p) for p in range(2)]
     z, eps = draw_noise(policy.latent_shape, generators).double(), draw_noise(policy.latent_shape, generators).double()
@@ -94,9 +104,10 @@ def test_only_the_lora_has_a_gradient(folder):
     policy = open_policy(folder); add_lora(policy, 2)
     config = InstructVideoConfig(**SMALL)
     step = InstructVideo(policy, redness, some_clips(policy), config, make_accelerator(config, "cpu"))
-    row = step(range(2))
+    row = step.step(range(2))
     assert {"loss", "reward", "R"} <= set(row) and all(p.grad is not None for p in lora_parameters(policy))
-    moved = {n for part in (policy.unet, policy.vae, policy.text_encoder) for n, p in part.named_parameters() if p.grad is not None}
+    moved = {n for part in (policy.unet, policy.vae, policy.text_encoder) for n,
+             p in part.named_parameters() if p.grad is not None}
     assert moved and all(".lora_" in n for n in moved)
 
 
@@ -106,7 +117,7 @@ def test_dropout_is_off_unless_asked_for(folder):
         policy = open_policy(folder); add_lora(policy, 2)
         config = InstructVideoConfig(**SMALL, dropout=dropout)
         step = InstructVideo(policy, redness, some_clips(policy), config, make_accelerator(config, "cpu"))
-        rewards[dropout] = [step(range(2))["reward"].item() for _ in range(2)]
+        rewards[dropout] = [step.step(range(2))["reward"].item() for _ in range(2)]
         assert not policy.unet.training
     assert rewards[False][0] == rewards[False][1] and rewards[True][0] != rewards[True][1]
 
@@ -115,9 +126,10 @@ def test_micro_batches_give_the_gradient_of_the_batch(folder):
     gradients = []
     for accum in (1, 2):
         policy = open_policy(folder); add_lora(policy, 2)
-        config = InstructVideoConfig(**{**SMALL, "grad_accum": accum, "augment_shift": 1, "augment_noise": .1, "offset_noise": .1})
+        config = InstructVideoConfig(**{**SMALL, "grad_accum": accum, "augment_shift": 1, "augment_noise": .1,
+                                        "offset_noise": .1})
         step = InstructVideo(policy, redness, some_clips(policy), config, make_accelerator(config, "cpu"))
-        for micro in range(accum): step(positions_of(0, micro, 0, 1, config))
+        for micro in range(accum): step.step(positions_of(0, micro, 0, 1, config))
         gradients.append(torch.cat([p.grad.flatten() for p in lora_parameters(policy)]))
     assert gradients[0].norm() > 0 and (gradients[0] - gradients[1]).norm() < 1e-4*gradients[0].norm()
 
@@ -147,10 +159,12 @@ def test_resume_without_any_checkpoint_starts_over(patch_folder, tmp_path):
 def test_more_steps_are_a_fair_reason_to_resume_and_another_lr_is_not(patch_folder, tmp_path):
     config, clips = InstructVideoConfig(**{**SMALL, "steps": 2}), some_clips(open_policy(patch_folder))
     tune(open_policy(patch_folder), redness, clips, config, tmp_path/"run", progress=False)
-    result = tune(open_policy(patch_folder), redness, clips, replace(config, steps=4), tmp_path/"run", resume=True, progress=False)
+    result = tune(open_policy(patch_folder), redness, clips, replace(config, steps=4), tmp_path/"run", resume=True,
+                  progress=False)
     assert result.finished and result.steps == 4
     with pytest.raises(KitError, match="lr was 0.01, is 0.5"):
-        tune(open_policy(patch_folder), redness, clips, replace(config, lr=.5), tmp_path/"run", resume=True, progress=False)
+        tune(open_policy(patch_folder), redness, clips, replace(config, lr=.5), tmp_path/"run", resume=True,
+             progress=False)
     with pytest.raises(KitError, match="clips was"):
         tune(open_policy(patch_folder), redness, clips[:2], config, tmp_path/"run", resume=True, progress=False)
     with pytest.raises(KitError, match="holds a run already"):
@@ -160,7 +174,8 @@ def test_more_steps_are_a_fair_reason_to_resume_and_another_lr_is_not(patch_fold
 def test_evaluations_are_logged_and_the_result_loads(patch_folder, tmp_path):
     policy = open_policy(patch_folder); seen = []
     config = InstructVideoConfig(**{**SMALL, "steps": 4, "eval_every": 2})
-    result = tune(policy, redness, some_clips(policy), config, tmp_path/"run", evaluate=lambda p, step: (seen.append(p is policy), {"held_out": step})[1], progress=False)
+    result = tune(policy, redness, some_clips(policy), config, tmp_path/"run", evaluate=lambda p,
+                  step: (seen.append(p is policy), {"held_out": step})[1], progress=False)
     assert [r["held_out"] for r in result.rows("eval")] == [0, 2, 4] and all(seen)
     state, about = read_lora(result.lora)
     assert about["r"] == 2 and any(v.abs().sum() > 0 for k, v in state.items() if "lora_B" in k)
@@ -169,9 +184,11 @@ def test_evaluations_are_logged_and_the_result_loads(patch_folder, tmp_path):
 
 def test_nan_reward_stops_with_one_line_and_keeps_the_checkpoint(patch_folder, tmp_path):
     calls = []
-    def breaks(frames, prompts): calls.append(1); return redness(frames, prompts)*(float("nan") if len(calls) > 3 else 1.)
+    def breaks(frames, prompts):
+        calls.append(1); return redness(frames, prompts)*(float("nan") if len(calls) > 3 else 1.)
     with pytest.raises(KitError, match="step 4: .*not finite.*step-000002"):
-        policy = open_policy(patch_folder); tune(policy, breaks, some_clips(policy), InstructVideoConfig(**SMALL), tmp_path/"run", progress=False)
+        policy = open_policy(patch_folder)
+        tune(policy, breaks, some_clips(policy), InstructVideoConfig(**SMALL), tmp_path/"run", progress=False)
     assert all(p.isfinite().all() for p in lora_parameters(policy)) and len(read_log(tmp_path/"run")) == 3
 
 
@@ -180,12 +197,15 @@ def test_nan_reward_stops_with_one_line_and_keeps_the_checkpoint(patch_folder, t
     (lambda frames, prompts: redness(frames.detach(), prompts), "no gradient")])
 def test_rewards_that_do_not_fit(patch_folder, tmp_path, reward, says):
     policy = open_policy(patch_folder)
-    with pytest.raises(KitError, match=says): tune(policy, reward, some_clips(policy), InstructVideoConfig(**SMALL), tmp_path/"run", progress=False)
+    with pytest.raises(KitError, match=says):
+        tune(policy, reward, some_clips(policy), InstructVideoConfig(**SMALL), tmp_path/"run", progress=False)
 
 
 @pytest.mark.parametrize("options, says", [
-    (dict(tau=0), "tau is 0"), (dict(tau=1.01), "tau is 1.01"), (dict(tau=.04), "at least one step"), (dict(grad_steps=13), "1..12"),
-    (dict(lam_tar=-1), "lam_tar is -1"), (dict(frames="randon"), "did you mean"), (dict(loss="R"), '"R"'), (dict(rank=0), "rank is 0"),
+    (dict(tau=0), "tau is 0"), (dict(tau=1.01), "tau is 1.01"), (dict(tau=.04), "at least one step"),
+    (dict(grad_steps=13), "1..12"),
+    (dict(lam_tar=-1), "lam_tar is -1"), (dict(frames="randon"), "did you mean"), (dict(loss="R"), '"R"'),
+    (dict(rank=0), "rank is 0"),
     (dict(batch=0), "batch is 0"), (dict(mixed_precision="fp8"), "fp8"), (dict(n_ddim=0), "n_ddim is 0")])
 def test_values_out_of_range(options, says):
     with pytest.raises(KitError, match=says) as error: InstructVideoConfig(**options)
@@ -193,18 +213,22 @@ def test_values_out_of_range(options, says):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("lam_tarr: 1", 'did you mean "lam_tar"'), ("tau: high", "tau is 'high', expected float"), ("batch: 2.5", "expected int"),
-    ("mixed_precision: no", "in quotes"), ("dropout: 1", "expected bool"), ("tau: [", "not YAML"), ("- 1", "field: value"), ("tau:", "tau is None")])
+    ("lam_tarr: 1", 'did you mean "lam_tar"'), ("tau: high", "tau is 'high', expected float"),
+    ("batch: 2.5", "expected int"),
+    ("mixed_precision: no", "in quotes"), ("dropout: 1", "expected bool"), ("tau: [", "not YAML"),
+    ("- 1", "field: value"), ("tau:", "tau is None")])
 def test_presets_that_are_wrong(tmp_path, text, says):
     (tmp_path/"p.yaml").write_text(text + "\n")
-    with pytest.raises(KitError, match=says.replace("[", r"\[")) as error: load_preset(tmp_path/"p.yaml", InstructVideoConfig)
+    with pytest.raises(KitError, match=says.replace("[", r"\[")) as error:
+        load_preset(tmp_path/"p.yaml", InstructVideoConfig)
     assert "\n" not in str(error.value)
 
 
 def test_half_precision_on_a_cpu_is_refused(patch_folder, tmp_path):
     policy = open_policy(patch_folder)
     with pytest.raises(KitError, match="needs a GPU"):
-        tune(policy, redness, some_clips(policy), InstructVideoConfig(**SMALL, mixed_precision="fp16"), tmp_path/"run", progress=False)
+        tune(policy, redness, some_clips(policy), InstructVideoConfig(**SMALL, mixed_precision="fp16"), tmp_path/"run",
+             progress=False)
     assert not (tmp_path/"run").exists()
 
 
@@ -215,7 +239,8 @@ def test_unknown_preset_names_the_near_ones():
 @pytest.mark.parametrize("name", [n for n in shipped("preset") if n.startswith(("instructvideo", "menagerie"))])
 def test_shipped_presets_load_and_every_value_names_its_source(name):
     load_preset(name, InstructVideoConfig)
-    lines = [line for line in shipped("preset")[name].read_text().splitlines() if line and not line.startswith("#")]
+    lines = [line for line in shipped("preset")[name].read_text().splitlines() if line and not line.startswith(("#",
+        *HEADER))]
     assert all(" # " in line for line in lines)
 
 
@@ -224,8 +249,8 @@ def test_the_paper_preset_is_the_paper():
     assert (config.n_ddim, config.tau, config.grad_steps, config.n_segments, config.lam_tar) == (20, .6, 1, 4, 1.)
     assert (config.lr, config.batch, config.steps) == (1e-5, 8, 20000)
     named = set(yaml.safe_load(shipped("preset")["instructvideo"].read_text()))
-    assert named == set(InstructVideoConfig.__dataclass_fields__) # nothing is left to a default
-    assert step_cost(replace(config, checkpoint=False, checkpoint_blocks=False)) == 26
+    assert named - set(HEADER) == set(InstructVideoConfig.__dataclass_fields__) # nothing is left to a default
+    assert InstructVideo.step_cost(replace(config, checkpoint=False, checkpoint_blocks=False)) == 26
 
 
 def test_overrides_win_and_none_is_not_given():
@@ -262,10 +287,11 @@ def test_recomputation_changes_no_gradient_even_with_dropout(folder, level):
         policy = open_policy(folder)
         torch.manual_seed(0)
         add_lora(policy, 2)
-        for p in lora_parameters(policy): p.data = .1*torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        for p in lora_parameters(policy):
+            p.data = .1*torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
         config = InstructVideoConfig(**SMALL, dropout=True, merge_lora=False, **options)
         torch.manual_seed(1)
-        InstructVideo(policy, redness, some_clips(policy), config, make_accelerator(config, "cpu"))(range(2))
+        InstructVideo(policy, redness, some_clips(policy), config, make_accelerator(config, "cpu")).step(range(2))
         gradients.append(torch.cat([p.grad.flatten() for p in lora_parameters(policy)]))
         assert not policy.network.training
     assert (gradients[0] - gradients[1]).norm() < 1e-5*gradients[0].norm()

@@ -1,4 +1,4 @@
-"What a run does beside its steps: moving average, evaluations and their warning, the best LoRA, samples, trackers, stopping on request."
+"What a run does beside its steps: moving average, evaluations, the best LoRA, samples, trackers, stopping."
 import json
 import sys
 import warnings
@@ -13,14 +13,18 @@ from safetensors.torch import load_file
 
 from instructvideo_kit.files import KitError
 from instructvideo_kit.policy.lora import lora_parameters, read_lora
-from instructvideo_kit.tuning import online_dpo, trainer
-from instructvideo_kit.tuning.common import clip_judge
-from instructvideo_kit.tuning.instructvideo import InstructVideoConfig, tune
-from instructvideo_kit.tuning.trainer import RunFolder, TrainerConfig, read_log
-from instructvideo_kit.tuning.watch import best_step, flicker, held_out_evaluation, mean_interval, over_optimised, spread
+from instructvideo_kit.tuning import process
+from instructvideo_kit.tuning.algorithm import tune as tune_with
+from instructvideo_kit.tuning.config import TrainerConfig
+from instructvideo_kit.tuning.instructvideo import InstructVideoConfig
+from instructvideo_kit.tuning.online_dpo import OnlineDPOConfig
+from instructvideo_kit.tuning.rollouts import clip_judge
+from instructvideo_kit.tuning.run_folder import RunFolder, complete, read_log
+from instructvideo_kit.tuning.watch import (
+    best_step, flicker, held_out_evaluation, mean_interval, over_optimised, spread)
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_tuning import SMALL, open_policy, patch_folder, redness, some_clips  # noqa: E402,F401
+from test_tuning import SMALL, open_policy, patch_folder, redness, some_clips, tune  # noqa: E402,F401
 
 CONFIG = InstructVideoConfig(**SMALL)
 LORA = "pytorch_lora_weights.safetensors"
@@ -29,7 +33,7 @@ LORA = "pytorch_lora_weights.safetensors"
 def losses(result): return [r["loss"] for r in result.rows()]
 
 
-# ---- moving average -------------------------------------------------------------------------------------------------------------
+# ---- moving average ------------------------------------------------------------------------------------------------
 
 def test_the_result_is_the_average_of_the_steps_weights(patch_folder, tmp_path):
     policy, seen = open_policy(patch_folder), []
@@ -42,7 +46,8 @@ def test_the_result_is_the_average_of_the_steps_weights(patch_folder, tmp_path):
         for k in mean: mean[k] = decay*(mean[k] if i else 0*mean[k]) + (1 - decay)*state[k]
     final = load_file(result.lora/LORA)
     ups = [k for k in mean if "lora.up" in k or "lora_B" in k]
-    assert ups and all(torch.allclose(final[k], mean[k], atol=1e-7) for k in ups) and any(not torch.equal(final[k], steps[-1][k]) for k in ups)
+    assert ups and all(torch.allclose(final[k], mean[k], atol=1e-7) for k in ups) and any(not torch.equal(final[k],
+        steps[-1][k]) for k in ups)
     own = torch.cat([p.detach().flatten() for p in lora_parameters(policy)]).sort().values # the policy carries it too
     assert torch.equal(own, torch.cat([v.flatten() for v in final.values()]).sort().values)
 
@@ -52,8 +57,10 @@ def test_steps_do_not_depend_on_what_is_watched_and_resuming_is_exact(patch_fold
     clips, config = some_clips(policy), replace(CONFIG, dropout=True, augment_noise=.05)
     plain = tune(policy, redness, clips, config, tmp_path/"plain", progress=False)
     watching = replace(config, ema_decay=.9, eval_every=1, sample_every=1)
-    def evaluate(policy, step): torch.rand(7); return {"held_out": torch.rand(()).item()} # draws from the generator of the dropout
-    watched = tune(open_policy(patch_folder), redness, clips, watching, tmp_path/"watched", evaluate=evaluate, progress=False)
+    # draws from the generator of the dropout
+    def evaluate(policy, step): torch.rand(7); return {"held_out": torch.rand(()).item()}
+    watched = tune(open_policy(patch_folder), redness, clips, watching, tmp_path/"watched", evaluate=evaluate,
+                   progress=False)
     assert losses(plain) == losses(watched)
     tune(open_policy(patch_folder), redness, clips, watching, tmp_path/"halves", stop_after=2, progress=False)
     halves = tune(open_policy(patch_folder), redness, clips, watching, tmp_path/"halves", resume=True, progress=False)
@@ -66,23 +73,29 @@ def test_run_folders_older_than_a_field_can_be_resumed(patch_folder, tmp_path):
     clips = some_clips(open_policy(patch_folder))
     tune(open_policy(patch_folder), redness, clips, CONFIG, tmp_path/"run", stop_after=2, progress=False)
     path, inputs = tmp_path/"run/config.yaml", tmp_path/"run/inputs.json"
-    old = {k: v for k, v in yaml.safe_load(path.read_text()).items() if k not in ("ema_decay", "tracker", "sample_every")}
-    path.write_text(yaml.safe_dump(old)); inputs.write_text(json.dumps({k: v for k, v in json.loads(inputs.read_text()).items() if k != "algorithm"}))
+    old = {k: v for k, v in yaml.safe_load(path.read_text()).items() if k not in ("ema_decay", "tracker",
+        "sample_every")}
+    path.write_text(yaml.safe_dump(old))
+    inputs.write_text(json.dumps({k: v for k, v in json.loads(inputs.read_text()).items() if k != "algorithm"}))
     with pytest.raises(KitError, match="ema_decay was 0.0, is 0.9"):
-        tune(open_policy(patch_folder), redness, clips, replace(CONFIG, ema_decay=.9), tmp_path/"run", resume=True, progress=False)
+        tune(open_policy(patch_folder), redness, clips, replace(CONFIG, ema_decay=.9), tmp_path/"run", resume=True,
+             progress=False)
     assert tune(open_policy(patch_folder), redness, clips, CONFIG, tmp_path/"run", resume=True, progress=False).finished
 
 
-# ---- evaluations ----------------------------------------------------------------------------------------------------------------
+# ---- evaluations ---------------------------------------------------------------------------------------------------
 
 def rows(**figures): # name -> list of means; every clip has its own level, all change alike but for a little noise
-    def clips(name, mean): return (mean + .01*torch.randn(8, generator=torch.Generator().manual_seed(len(name)))).tolist()
+    def clips(name, mean):
+        return (mean + .01*torch.randn(8, generator=torch.Generator().manual_seed(len(name)))).tolist()
     n = len(next(iter(figures.values())))
-    return [{"step": 20*i, **{k: v[i] for k, v in figures.items()}, "clips": {k: clips(k, v[i]) for k, v in figures.items()}} for i in range(n)]
+    return [{"step": 20*i, **{k: v[i] for k, v in figures.items()},
+             "clips": {k: clips(k, v[i]) for k, v in figures.items()}} for i in range(n)]
 
 
 @pytest.mark.parametrize("figures, says", [
-    (dict(reward=[0, 1, 2], second=[0, 1, .5]), "the second judge fell"), (dict(reward=[0, 1, 2], second=[0, 1, 2]), ""), (dict(reward=[0, 1, .9], second=[0, 1, .5]), ""),
+    (dict(reward=[0, 1, 2], second=[0, 1, .5]), "the second judge fell"),
+    (dict(reward=[0, 1, 2], second=[0, 1, 2]), ""), (dict(reward=[0, 1, .9], second=[0, 1, .5]), ""),
     (dict(reward=[0, 1, 2], flicker=[.1, .1, .3]), "flicker rose"), (dict(reward=[0, 1, 2], flicker=[.3, .2, .1]), ""),
     (dict(reward=[0, 1, 2], spread=[.9, .9, .2]), "became alike"), (dict(reward=[0, 1, 2], spread=[.2, .5, .9]), ""),
     (dict(reward=[0, 1, 2], second=[0, 1, .9999]), "")]) # certain, but next to nothing
@@ -93,7 +106,8 @@ def test_the_watch_warns_of_what_it_should(figures, says):
 
 def test_a_difference_within_its_interval_is_none():
     told = rows(reward=[0., 1.], second=[1., 1.])
-    told[1]["clips"]["second"] = [a + d for a, d in zip(told[0]["clips"]["second"], (-.5, .4, -.4, .5, -.6, .4, -.3, .2))]
+    told[1]["clips"]["second"] = [a + d for a,
+                                  d in zip(told[0]["clips"]["second"], (-.5, .4, -.4, .5, -.6, .4, -.3, .2))]
     told[1]["second"] = sum(told[1]["clips"]["second"])/8
     assert told[1]["second"] < told[0]["second"] and over_optimised(told) == ""
     single = [{**r, "clips": {k: v[:1] for k, v in r["clips"].items()}} for r in rows(reward=[0., 1.], second=[1., 0.])]
@@ -122,43 +136,57 @@ def test_over_optimisation_is_warned_of_and_the_best_lora_is_kept(patch_folder, 
     config = replace(CONFIG, eval_every=1, save_every=4)
     with pytest.warns(UserWarning, match="step 3: over-optimisation.*second judge fell") as caught:
         result = tune(policy, redness, some_clips(policy), config, tmp_path/"run", evaluate=evaluate, progress=False)
-    assert len([w for w in caught if "over-optimisation" in str(w.message)]) == 1 # said once, although step 4 has it too
+    # said once, although step 4 has it too
+    assert len([w for w in caught if "over-optimisation" in str(w.message)]) == 1
     evaluations = result.rows("eval")
-    assert [r["step"] for r in evaluations] == [0, 1, 2, 3, 4] and ["warning" in r for r in evaluations] == [False]*3 + [True]*2
+    assert [r["step"] for r in evaluations] == [0, 1, 2, 3,
+                                                4] and ["warning" in r for r in evaluations] == [False]*3 + [True]*2
     assert best_step(evaluations) == 2 and result.best == tmp_path/"run/best/step-000002"
     kept, last = load_file(result.best/LORA), load_file(result.lora/LORA)
     assert read_lora(result.best)[1]["r"] == 2 and any(not torch.equal(kept[k], last[k]) for k in kept)
-    again = tune(open_policy(patch_folder), redness, some_clips(policy), replace(config, steps=5, eval_every=9), tmp_path/"run", resume=True, progress=False)
+    again = tune(open_policy(patch_folder), redness, some_clips(policy), replace(config, steps=5, eval_every=9),
+                 tmp_path/"run", resume=True, progress=False)
     assert again.best == result.best and result.best.is_dir()
 
 
 def test_an_evaluation_has_the_same_noise_each_time_and_judges_of_any_kind(patch_folder, tmp_path):
     policy = open_policy(patch_folder)
     class Video: # a judge with several numbers
-        dims = ("visual_quality", "temporal_consistency", "dynamic_degree", "text_to_video_alignment", "factual_consistency")
+        dims = ("visual_quality", "temporal_consistency", "dynamic_degree", "text_to_video_alignment",
+                "factual_consistency")
         def __call__(self, video, prompts): return video.mean((1, 2, 3, 4))[:, None]*torch.ones(5)
-    config = online_dpo.OnlineDPOConfig(n_ddim=2, guidance_scale=1., batch=2, rank=2, steps=2, n_candidates=2, eval_every=1, save_every=2)
-    evaluate = held_out_evaluation(["a red dog", "a blue bird"], {"reward": clip_judge(Video(), 0, "dynamic_degree"), "second": clip_judge(redness)}, 2)
+    config = OnlineDPOConfig(n_ddim=2, guidance_scale=1., batch=2, rank=2, steps=2, n_candidates=2, eval_every=1,
+                             save_every=2)
+    evaluate = held_out_evaluation(["a red dog", "a blue bird"],
+                                   {"reward": clip_judge(Video(), 0, "dynamic_degree"), "second": clip_judge(redness)},
+                                   2)
     first = evaluate(policy, 0)
     assert first == evaluate(policy, 7) and set(first) == {"reward", "second", "flicker", "spread", "clips"}
-    result = online_dpo.tune(policy, Video(), ["a cat", "a fish"], config, tmp_path/"run", evaluate=evaluate, progress=False)
-    assert len(result.rows("eval")) == 3 and result.rows("eval")[0]["reward"] == first["reward"] and result.best is not None
-    with pytest.raises(ValueError, match="expected at least one caption"): held_out_evaluation(["a"], {"second": redness})
+    result = tune_with("onlinevpo", policy, Video(), ["a cat", "a fish"], config, tmp_path/"run", evaluate=evaluate,
+                       progress=False)
+    assert len(result.rows("eval")) == 3
+    assert result.rows("eval")[0]["reward"] == first["reward"]
+    assert result.best is not None
+    with pytest.raises(ValueError, match="expected at least one caption"):
+        held_out_evaluation(["a"], {"second": redness})
 
 
-# ---- samples, trackers, stop ------------------------------------------------------------------------------------------------------
+# ---- samples, trackers, stop ---------------------------------------------------------------------------------------
 
 def test_sample_strips_are_comparable(patch_folder, tmp_path):
     policy = open_policy(patch_folder)
-    result = tune(policy, redness, some_clips(policy), replace(CONFIG, sample_every=2, lr=1e-9), tmp_path/"run", progress=False)
+    result = tune(policy, redness, some_clips(policy), replace(CONFIG, sample_every=2, lr=1e-9), tmp_path/"run",
+                  progress=False)
     strips = [Image.open(p).convert("RGB") for p in sorted((result.run_dir/"samples").iterdir())]
-    assert [p.name for p in sorted((result.run_dir/"samples").iterdir())] == ["step-000000.png", "step-000002.png", "step-000004.png"]
-    assert len({s.size for s in strips}) == 1 and strips[0].tobytes() == strips[2].tobytes() # next to no learning: the same clips
+    assert [p.name for p in sorted((result.run_dir/"samples").iterdir())] == ["step-000000.png", "step-000002.png",
+        "step-000004.png"]
+    # next to no learning: the same clips
+    assert len({s.size for s in strips}) == 1 and strips[0].tobytes() == strips[2].tobytes()
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_tracker_without_its_package_is_one_line_before_a_folder_is_made(patch_folder, tmp_path, monkeypatch, name):
-    monkeypatch.setitem(trainer.TRACKERS, name, lambda: False)
+    monkeypatch.setitem(process.AVAILABLE, name, lambda: False)
     policy = open_policy(patch_folder)
     with pytest.raises(KitError, match=f"pip install {name}") as error:
         tune(policy, redness, some_clips(policy), replace(CONFIG, tracker=name), tmp_path/"run", progress=False)
@@ -173,17 +201,23 @@ def test_wandb_is_offline_and_inside_the_run_folder_unless_told_otherwise(patch_
         name = "wandb"
         def log(self, values, step=None, **kwargs): told.append((step, values))
         def finish(self): told.append("finished")
-    def init_trackers(self, name, config=None, init_kwargs={}): calls.append((name, config, init_kwargs)); self.trackers = [Tracker()]
-    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda log_with, *args: [log_with] if log_with else [])
-    monkeypatch.setattr("accelerate.Accelerator.init_trackers", init_trackers); monkeypatch.setitem(trainer.TRACKERS, "wandb", lambda: True)
+    def init_trackers(self, name, config=None, init_kwargs={}):
+        calls.append((name, config, init_kwargs)); self.trackers = [Tracker()]
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda log_with,
+                        *args: [log_with] if log_with else [])
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", init_trackers)
+    monkeypatch.setitem(process.AVAILABLE, "wandb", lambda: True)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    for kind in ("CACHE", "CONFIG", "DATA"): monkeypatch.setenv(f"WANDB_{kind}_DIR", "x"); monkeypatch.delenv(f"WANDB_{kind}_DIR")
+    for kind in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{kind}_DIR", "x"); monkeypatch.delenv(f"WANDB_{kind}_DIR")
     if mode: monkeypatch.setenv("WANDB_MODE", mode)
     policy = open_policy(patch_folder)
     evaluate = lambda policy, step: {"reward": .5, "clips": {}}
-    tune(policy, redness, some_clips(policy), replace(CONFIG, tracker="wandb", eval_every=2), tmp_path/"run", evaluate=evaluate, progress=False)
+    tune(policy, redness, some_clips(policy), replace(CONFIG, tracker="wandb", eval_every=2), tmp_path/"run",
+         evaluate=evaluate, progress=False)
     (name, config, options), *_ = calls
-    assert options["wandb"] == {"dir": str(tmp_path/"run"), "mode": mode or "offline"} and config["lr"] == .01 and None not in config.values()
+    assert options["wandb"] == {"dir": str(tmp_path/"run"),
+                                "mode": mode or "offline"} and config["lr"] == .01 and None not in config.values()
     assert told[-1] == "finished" and told[0] == (0, {"eval/reward": .5}) and "step/loss" in told[1][1]
 
 
@@ -198,35 +232,44 @@ def test_stop_saves_and_the_run_goes_on_exactly(patch_folder, tmp_path):
     clips, asked = some_clips(open_policy(patch_folder)), []
     straight = tune(open_policy(patch_folder), redness, clips, CONFIG, tmp_path/"straight", progress=False)
     def stop(): asked.append(1); return len(asked) == 3
-    result = tune(open_policy(patch_folder), redness, clips, replace(CONFIG, save_every=100), tmp_path/"run", progress=False, stop=stop)
+    result = tune(open_policy(patch_folder), redness, clips, replace(CONFIG, save_every=100), tmp_path/"run",
+                  progress=False, stop=stop)
     assert (result.steps, result.finished, result.lora.name) == (3, False, "step-000003")
-    assert losses(tune(open_policy(patch_folder), redness, clips, CONFIG, tmp_path/"run", resume=True, progress=False)) == losses(straight)
-    config = online_dpo.OnlineDPOConfig(n_ddim=2, guidance_scale=1., batch=2, rank=2, steps=9, n_candidates=2)
-    online = online_dpo.tune(open_policy(patch_folder), redness, ["a cat", "a fish"], config, tmp_path/"online", progress=False, stop=lambda: True)
+    assert losses(tune(open_policy(patch_folder), redness, clips, CONFIG, tmp_path/"run", resume=True,
+                       progress=False)) == losses(straight)
+    config = OnlineDPOConfig(n_ddim=2, guidance_scale=1., batch=2, rank=2, steps=9, n_candidates=2)
+    online = tune_with("onlinevpo", open_policy(patch_folder), redness, ["a cat", "a fish"], config, tmp_path/"online",
+                       progress=False, stop=lambda: True)
     assert online.steps == 1 and online.lora.is_dir()
 
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_can_go_on(patch_folder, tmp_path):
-    "The system refuses to let files grow beyond half of the optimiser's, from the third step on: that is what a full disk does to a writer."
+    "The system lets no file grow beyond half of the optimiser's, from the third step on, as a full disk does."
     resource = pytest.importorskip("resource", reason="this system has no limit for the size of a file")
     clips, calls, run = some_clips(open_policy(patch_folder)), [], tmp_path/"run"
     straight = tune(open_policy(patch_folder), redness, clips, CONFIG, tmp_path/"straight", progress=False)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     def fills(frames, prompts):
         calls.append(1)
-        if len(calls) == 3: resource.setrlimit(resource.RLIMIT_FSIZE, ((run/"checkpoints/step-000002/optimizer.pt").stat().st_size//2, hard))
+        if len(calls) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE,
+                               ((run/"checkpoints/step-000002/optimizer.pt").stat().st_size//2, hard))
         return redness(frames, prompts)
     fills.__name__ = "redness"
     try:
         with pytest.raises(KitError, match="step 4 could not be saved .*last good checkpoint: .*step-000002") as error:
             tune(open_policy(patch_folder), fills, clips, CONFIG, run, progress=False)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "\n" not in str(error.value) and [p.name for p in (run/"checkpoints").iterdir()] == ["step-000002"] and trainer.complete(run/"checkpoints/step-000002")
-    assert losses(tune(open_policy(patch_folder), redness, clips, CONFIG, run, resume=True, progress=False)) == losses(straight)
+    assert "\n" not in str(error.value)
+    assert [p.name for p in (run/"checkpoints").iterdir()] == ["step-000002"]
+    assert complete(run/"checkpoints/step-000002")
+    assert losses(tune(open_policy(patch_folder), redness, clips, CONFIG, run, resume=True,
+                       progress=False)) == losses(straight)
 
 
 @pytest.mark.parametrize("options, says", [
-    (dict(ema_decay=1.), "ema_decay is 1.0"), (dict(ema_decay=-.1), "ema_decay is -0.1"), (dict(sample_every=-1), "sample_every is -1"), (dict(eval_every=-2), "eval_every is -2")])
+    (dict(ema_decay=1.), "ema_decay is 1.0"), (dict(ema_decay=-.1), "ema_decay is -0.1"),
+    (dict(sample_every=-1), "sample_every is -1"), (dict(eval_every=-2), "eval_every is -2")])
 def test_values_out_of_range(options, says):
     with pytest.raises(KitError, match=says): TrainerConfig(**options)

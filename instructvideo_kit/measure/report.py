@@ -25,8 +25,8 @@ from ..files import write_atomic
 from .evaluate import Comparison, Evaluation, compare
 from ..reward.segvr import segment_bounds, segment_frames
 from ..reward.tar import tar_weights
-from ..tuning.instructvideo import InstructVideoConfig, draw_noise, step_cost
-from ..tuning.trainer import example_generator
+from ..tuning.instructvideo import InstructVideo, InstructVideoConfig
+from ..tuning.stream import draw_noise, example_generator
 from ..video import _to_uint8
 
 # %% ../../nbs/measure/02_report.ipynb #03554d4e
@@ -197,9 +197,9 @@ def costs(
     guidance_scale:float, # used where config has none
 )->list: # of (words, UNet forwards per clip and step)
     "This run, DRaFT-1 and the full chain, from the same formula."
-    full = lambda k: step_cost(replace(config, tau=1., grad_steps=k), guidance_scale)
+    full = lambda k: InstructVideo.step_cost(replace(config, tau=1., grad_steps=k), guidance_scale)
     n = n_steps(config.tau, config.n_ddim)
-    return [(f"this run: an edit of {n} steps, gradient through {config.grad_steps}", step_cost(config, guidance_scale)),
+    return [(f"this run: an edit of {n} steps, gradient through {config.grad_steps}", InstructVideo.step_cost(config, guidance_scale)),
             (f"DRaFT-1: all {config.n_ddim} steps from noise, gradient through 1", full(1)),
             (f"full chain: gradient through all {config.n_ddim} steps", full(config.n_ddim))]
 

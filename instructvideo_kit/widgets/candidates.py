@@ -13,8 +13,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from ..tuning.dpo import best_and_worst, candidates
-from ..tuning.trainer import example_generator
+from ..tuning.dpo import best_and_worst
+from ..tuning.rollouts import candidates
+from ..tuning.stream import example_generator
 from ..video import film_strip
 from .players import Panel, choice, png_bytes
 
@@ -28,7 +29,8 @@ def draw_candidates(
 )->list: # of (caption, videos (n, f, 3, h, w), scores (n,)), one per caption
     "What the judge and the loss would see at the first step."
     generators = [example_generator(config.seed, p) for p in range(len(prompts))]
-    z, scores = candidates(policy, reward, list(prompts), generators, config)
+    clips = candidates(policy, reward, list(prompts), generators, config)
+    z, scores = clips["z"], clips["reward"]
     frames = torch.arange(policy.n_frames).expand(config.n_candidates, -1)
     return [(prompt, policy.decode(z[i], frames).float().clamp(0, 1).cpu(), scores[i]) for i, prompt in enumerate(prompts)]
 

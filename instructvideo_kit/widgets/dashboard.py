@@ -13,7 +13,8 @@ import time
 import ipywidgets
 from matplotlib.figure import Figure
 
-from ..tuning.trainer import read_log
+from ..tuning.algorithm import tune
+from ..tuning.run_folder import read_log
 from .players import Panel
 from .truncation import gradient_profile
 
@@ -53,7 +54,7 @@ def dashboard_png(
 class TrainingDashboard(Panel):
     "Start a run in a thread, watch it, stop it: saved, and resumed by the same button."
     def __init__(self,
-        tune, # of an algorithm: tune(policy, reward, data, config, run_dir, ...)
+        algorithm:str, # as for tune
         open_policy, # () -> VideoPolicy without a LoRA
         reward, data, config, run_dir, # as for tune
         profile=None, # (clip (f, 3, h, w), caption): measure the gradient on it; None: do not
@@ -61,7 +62,8 @@ class TrainingDashboard(Panel):
         pause:float=1., # seconds between pictures
         **options, # more for tune: evaluate
     ):
-        self.tune, self.open_policy, self.inputs, self.options = tune, open_policy, (reward, data, config, run_dir), options
+        self.algorithm, self.open_policy = algorithm, open_policy
+        self.inputs, self.options = (reward, data, config, run_dir), options
         self.profile, self.profile_every, self.pause, self.profiles = profile, profile_every, pause, []
         self.asked, self.thread, self.error, self.result, self.drawn = threading.Event(), None, None, None, 0.
         self.go, self.halt = ipywidgets.Button(description="start", icon="play"), ipywidgets.Button(description="stop", icon="stop", disabled=True)
@@ -103,7 +105,8 @@ class TrainingDashboard(Panel):
     def _run(self):
         try:
             self.policy = self.open_policy()
-            self.result = self.tune(self.policy, *self.inputs, resume=True, progress=False, stop=self._between_steps, **self.options)
+            options = dict(resume=True, progress=False, stop=self._between_steps) | self.options
+            self.result = tune(self.algorithm, self.policy, *self.inputs, **options)
         except Exception as error: self.error = f'<span style="color: #b3261e">{" ".join(str(error).split())}</span>' # a thread has nobody to raise to
         self.thread, self.go.disabled, self.halt.disabled = None, False, True
         self.refresh()

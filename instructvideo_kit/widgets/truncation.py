@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from ..diffusion.schedule import corrupt
 from ..diffusion.truncation import gradient_norms, saved_bytes, unet_cost
 from ..reward.segvr import segment_frames
-from ..tuning.instructvideo import InstructVideoConfig, objective, score
+from ..tuning.gradient import objective, score
+from ..tuning.instructvideo import InstructVideoConfig
 from .players import Panel, slider
 
 # %% ../../nbs/widgets/03_truncation.ipynb #3ba2d6e1
