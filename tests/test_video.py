@@ -1,5 +1,6 @@
 "Clips: frame choice, sizes, round trips, broken files, folders of captions."
-import base64, csv, errno, io, pickle, re, shutil, struct, warnings
+import base64, csv, errno, io, json, pickle, re, shutil, struct, sys, warnings
+from fractions import Fraction
 from pathlib import Path
 
 import av, numpy as np, pytest, torch
@@ -8,8 +9,10 @@ from PIL import Image
 
 from instructvideo_kit import files, video
 from instructvideo_kit.files import KitError
-from instructvideo_kit.video import (ClipFolder, choose_frames, clip_grid, clip_info, encode_mp4, export_videofolder, film_strip,
-    read_captions, read_video, resize_frame, show_video, write_gif, write_video)
+from instructvideo_kit.video import (
+    ClipFolder, choose_frames, clip_grid, clip_info, cut_caption, describe_captions, encode_mp4, export_videofolder, film_strip,
+    preview_sheet, read_captions, read_video, resize_frame, show_video, to_uint8, write_gif, write_preview, write_video)
+from instructvideo_kit.video import read, show, write
 
 SHARED = Path(__file__).parents[1]/"../shared/data"
 SAMPLES = sorted((SHARED/"instructvideo_samples").glob("*.mp4"))
@@ -64,10 +67,10 @@ def test_read_takes_the_chosen_frames(tmp_path):
 
 def test_only_chosen_frames_are_converted_and_decoding_stops(tmp_path, monkeypatch):
     path, converted = write_video(tmp_path/"a.mp4", ramp(64)), []
-    upright = video._upright
-    monkeypatch.setattr(video, "_upright", lambda frame: converted.append(frame.pts) or upright(frame))
+    upright = read._upright
+    monkeypatch.setattr(read, "_upright", lambda frame, *a: converted.append(frame.pts) or upright(frame, *a))
     info = clip_info(path); converted.clear()
-    assert video._decode(path, {0, 3, 9}, None, "crop")[1] == 10
+    assert read._decode(path, {0, 3, 9}, None, "crop")[1] == 10
     assert len(converted) == 3 and info.n_frames == 64
 
 def test_short_clip_repeats_and_says_so(tmp_path):
@@ -135,7 +138,7 @@ def test_round_trip(tmp_path, scale, least):
     clip = ramp()
     path = write_video(tmp_path/"a.mp4", clip, fps=12.5, scale=scale)
     assert psnr(read_video(path, size=32), clip) > least
-    assert clip_info(path) == (16, 32*scale, 32*scale, 12.5)
+    assert clip_info(path)[:4] == (16, 32*scale, 32*scale, 12.5)
 
 def test_doubling_saves_the_colour_of_drawings(tmp_path):
     clip = (torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) > .5).float()
@@ -143,7 +146,7 @@ def test_doubling_saves_the_colour_of_drawings(tmp_path):
     assert psnr(doubled, clip) > psnr(plain, clip) + 10 and psnr(doubled, clip) > 35
 
 def test_without_x264_mpeg4_is_written_and_gif_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(video, "_encoder", lambda: "mpeg4")
+    for room in (show, write): monkeypatch.setattr(room, "mp4_encoder", lambda: "mpeg4")
     assert psnr(read_video(write_video(tmp_path/"a.mp4", ramp())), ramp()) > 30
     assert "data:image/gif" in show_video(ramp()).data
 
@@ -156,7 +159,7 @@ def test_container_without_a_frame_count(tmp_path):
     path = tmp_path/"a.mkv"
     with av.open(str(path), "w") as out:
         stream = out.add_stream("mpeg4", rate=8); stream.width = stream.height = 32; stream.pix_fmt = "yuv420p"
-        for frame in video._to_uint8(ramp(11)): out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        for frame in to_uint8(ramp(11)): out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
         out.mux(stream.encode())
     assert clip_info(path).n_frames == 11
     assert numbers(read_video(path, 3), 11) == [0, 5, 10]
@@ -217,14 +220,14 @@ def test_every_cut_is_refused(tmp_path, share, front):
 def test_cut_is_found_by_the_decoder_where_there_is_no_index(tmp_path, monkeypatch):
     path = faststart(encode_mp4(torch.rand(16, 3, 64, 64)), tmp_path/"a.mp4")
     path.write_bytes(path.read_bytes()[:path.stat().st_size//2])
-    monkeypatch.setattr(video, "_ends_early", lambda path, stream: False)
+    monkeypatch.setattr(read, "_ends_early", lambda path, stream: False)
     with pytest.raises(KitError, match="only .* of 16 frames|cannot be decoded"): read_video(path)
 
 def test_header_that_promises_too_much_is_corrected(tmp_path, monkeypatch):
     path = write_video(tmp_path/"a.mp4", ramp(15))
-    monkeypatch.setattr(video, "clip_info", lambda path: video.ClipInfo(16, 32, 32, 8.))
+    monkeypatch.setattr(read, "clip_info", lambda path: video.ClipInfo(16, 32, 32, 8.))
     assert numbers(read_video(path, 3), 15) == [0, 7, 14]
-    monkeypatch.setattr(video, "clip_info", lambda path: video.ClipInfo(40, 32, 32, 8.))
+    monkeypatch.setattr(read, "clip_info", lambda path: video.ClipInfo(40, 32, 32, 8.))
     with pytest.raises(KitError, match="only 15 of 40 frames"): read_video(path, 3)
 
 @pytest.mark.parametrize("name", ["a dir/a clip.mp4", "mötley 猫.mp4", "a:b.mp4", "50%d #1.mp4", "pipe:0.mp4", "-i.mp4"])
@@ -297,7 +300,7 @@ def test_refused_when_nothing_is_left(make):
 
 def test_folder_without_captions(make, tmp_path):
     (make([])/"metadata.csv").unlink()
-    says = f"no captions: {tmp_path} has 4 mp4 files but no metadata.csv; write one with columns file_name,text"
+    says = f"no captions: {tmp_path} has 4 clips but no metadata.csv; write one with columns file_name,text"
     with pytest.raises(KitError, match=re.escape(says)): ClipFolder.open(tmp_path, 4, 16)
     with pytest.raises(KitError, match="no folder or list"): ClipFolder.open(tmp_path/"nowhere", 4, 16)
     export_videofolder(tmp_path/"up"/"train", [ramp(2)], ["a"])
@@ -338,7 +341,7 @@ def test_cache_is_bounded_and_bytes(make, monkeypatch):
     data = ClipFolder.open(make(rows), 4, 16, cache_mb=2*4*3*16*16/1e6)
     first = [data[i][0] for i in range(3)]
     assert len(data._cache) == 2 and all(c.dtype == torch.uint8 for c in data._cache.values())
-    monkeypatch.setattr(video, "_decode", None) # cached clips need no decoder
+    monkeypatch.setattr(read, "_decode", None) # cached clips need no decoder
     assert torch.equal(data[0][0], first[0])
     with pytest.raises(TypeError): data[2]
     with pytest.raises(IndexError): data[3]
@@ -351,6 +354,204 @@ def test_loader_workers_get_the_same_clips(make):
     data = pickle.loads(pickle.dumps(ClipFolder.open(make([[f"{i}.mp4", f"c{i}"] for i in range(3)]), 4, 16)))
     clips, captions = next(iter(torch.utils.data.DataLoader(data, batch_size=3)))
     assert clips.shape == (3, 4, 3, 16, 16) and list(captions) == ["c0", "c1", "c2"]
+
+
+# ---- clips from the wild
+
+def clock_picture(seconds, h=48, w=80):
+    "A white hand that runs along the top once in two seconds: the picture says when it was shown."
+    picture = np.full((h, w, 3), 60, np.uint8)
+    hand = round(seconds/2*(w - 8))
+    picture[:12, hand:hand + 8] = 255
+    return picture
+
+def clock_file(path, times, ratio=None, codec="libx264", base=Fraction(1, 600), **options):
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=60, options=options)
+        stream.width, stream.height, stream.pix_fmt = 80, 48, "yuv420p"
+        stream.codec_context.time_base = base
+        if ratio: stream.codec_context.sample_aspect_ratio = ratio
+        for t in times:
+            frame = av.VideoFrame.from_ndarray(clock_picture(t), format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = round(t/base), base
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+def clock(clip):
+    "Seconds at which each frame was shown, read off the hand."
+    bright = (clip[:, :, :12].mean((1, 2)) > .75).float()
+    middle = (bright*torch.arange(clip.shape[-1])).sum(1)/bright.sum(1)
+    return ((middle - 3.5)*2/(clip.shape[-1] - 8)).numpy()
+
+SLOWER = [i/60 for i in range(60)] + [1 + i/10 for i in range(10)] # 60 frames a second, then 10
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"]) # with an index, and without
+def test_changing_rate_is_sampled_by_time(tmp_path, name):
+    path = clock_file(tmp_path/name, SLOWER, base=Fraction(1, 1000))
+    info = clip_info(path)
+    assert info.n_frames == 70 and np.allclose(info.times, SLOWER, atol=1e-3)
+    assert np.abs(clock(read_video(path, 8)) - np.linspace(0, 1.9, 8)).max() < .07
+    assert np.abs(clock(read_video(path, 8, sample=5)) - (.25 + np.arange(8)/5)).max() < .07 # 1.4 s of 1.9, from the middle
+    assert np.abs(clock(read_video(path, 8, sample="first")) - np.arange(8)/60).max() < .03
+
+def test_steady_rate_needs_no_times_and_a_dropped_frame_does(tmp_path):
+    steady = [i/30 for i in range(60)]
+    assert clip_info(clock_file(tmp_path/"a.mp4", steady)).times is None
+    assert clip_info(clock_file(tmp_path/"b.mkv", steady, base=Fraction(1, 1000))).times is None # 33, 33, 34 milliseconds
+    assert clip_info(clock_file(tmp_path/"c.mp4", steady[:20] + steady[24:])).times is not None
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(.01, .5), min_size=3, max_size=60), st.integers(2, 30), st.one_of(st.just("spread"), st.floats(1, 30)))
+def test_frames_chosen_by_time_are_the_nearest(gaps, n_frames, sample):
+    times = np.cumsum(gaps)
+    at = choose_frames(len(times), n_frames, sample, times=times)
+    assert at == sorted(at) and 0 <= at[0] and at[-1] < len(times)
+    if sample == "spread":
+        wanted = np.linspace(times[0], times[-1], n_frames)
+        nearest = np.abs(times[:, None] - wanted).min(0)
+        assert np.allclose(np.abs(times[at] - wanted), nearest)
+
+@pytest.mark.parametrize("ratio,size", [(Fraction(2, 1), (48, 160)), (Fraction(1, 2), (96, 80)), (Fraction(1, 1), (48, 80)), (None, (48, 80))])
+def test_pixels_that_are_not_square_are_stretched(tmp_path, ratio, size):
+    path = clock_file(tmp_path/"a.mp4", [i/30 for i in range(9)], ratio)
+    assert clip_info(path)[1:3] == size and read_video(path, 2).shape[2:] == size
+
+def test_wide_pixels_are_cut_as_they_look(tmp_path):
+    "320 x 180 at 2:1 is meant to be 640 x 180: a square crop then takes 90 stored columns, not 180."
+    picture = np.zeros((180, 320, 3), np.uint8)
+    picture[:, 115:205] = 255
+    with av.open(str(tmp_path/"a.mp4"), "w") as out:
+        stream = out.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 320, 180, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
+        for _ in range(2): out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        out.mux(stream.encode())
+    assert clip_info(tmp_path/"a.mp4")[1:3] == (180, 640)
+    assert read_video(tmp_path/"a.mp4", 1, size=32).min() > .9
+
+def test_interlaced_clips_are_said_to_be_so(tmp_path):
+    woven = {"flags": "+ildct+ilme", "x264-params": "tff=1"}
+    path = clock_file(tmp_path/"0.mp4", [i/25 for i in range(9)], **woven)
+    assert clip_info(path).interlaced
+    with pytest.warns(UserWarning, match="0.mp4 is interlaced: .*yadif"): read_video(path, 4)
+    (tmp_path/"0.txt").write_text("a clock")
+    assert "1 interlaced" in ClipFolder.open(tmp_path, 4, 16).report
+
+def test_report_says_what_files_hide(tmp_path):
+    clock_file(tmp_path/"a.mp4", SLOWER)
+    clock_file(tmp_path/"b.mp4", [i/30 for i in range(9)], Fraction(2, 1))
+    for name in "ab": (tmp_path/f"{name}.txt").write_text("a clock")
+    report = ClipFolder.open(tmp_path, 4, 16).report
+    assert "1 with a frame rate that changes, sampled by time" in report and "1 with pixels that are not square" in report
+    assert "interlaced" not in report
+
+
+# ---- lists from the wild
+
+def test_captions_beside_the_clips(tmp_path):
+    for name in ("a", "b", "c"): write_video(tmp_path/f"{name}.mp4", ramp(4))
+    (tmp_path/"a.txt").write_text("a cat,\n  asleep\n", encoding="utf-8")
+    (tmp_path/"b.txt").write_text("")
+    data = ClipFolder.open(tmp_path, 4, 16)
+    assert data.captions == ["a cat, asleep"] and [p.name for p in data.paths] == ["a.mp4"]
+    assert "b.mp4: the caption is empty" in data.report and "c.mp4: there is no c.txt beside it" in data.report
+
+def test_a_list_wins_over_captions_beside(make):
+    folder = make([["0.mp4", "from the list"]])
+    (folder/"0.txt").write_text("from beside")
+    assert ClipFolder.open(folder, 4, 16).captions == ["from the list"]
+
+def test_parquet(make, monkeypatch):
+    folder = make([])
+    (folder/"metadata.csv").unlink()
+    (folder/"metadata.parquet").write_bytes(b"PAR1 no table PAR1")
+    try: from pyarrow import Table, parquet
+    except ImportError:
+        with pytest.raises(KitError, match="metadata.parquet is read with pyarrow, which is not installed; pip install pyarrow"):
+            ClipFolder.open(folder, 4, 16)
+        return
+    with pytest.raises(KitError, match="cannot be read as parquet"): ClipFolder.open(folder, 4, 16)
+    parquet.write_table(Table.from_pylist([{"file_name": "0.mp4", "text": "a cat"}]), folder/"metadata.parquet")
+    assert ClipFolder.open(folder, 4, 16).captions == ["a cat"]
+
+def test_parquet_rows_are_read_like_others(make, monkeypatch):
+    "Where pyarrow is not installed, a stand-in for it gives the rows: all after them is the same."
+    from types import SimpleNamespace
+    folder = make([])
+    (folder/"metadata.csv").unlink()
+    (folder/"metadata.parquet").touch()
+    rows = [{"file_name": "1.mp4", "caption": "a dog"}]
+    table = SimpleNamespace(to_pylist=lambda: rows)
+    stand_in = SimpleNamespace(parquet=SimpleNamespace(read_table=lambda path: table), ArrowException=KeyError)
+    monkeypatch.setitem(sys.modules, "pyarrow", stand_in)
+    assert ClipFolder.open(folder, 4, 16).captions == ["a dog"]
+    rows[:] = [{"video": {"bytes": b"", "path": None}, "text": "a dog"}]
+    with pytest.raises(KitError, match="has the columns video, text; .*its clips lie inside the table"): ClipFolder.open(folder, 4, 16)
+
+def test_paths_absolute_relative_spaced_linked(tmp_path):
+    far, near = tmp_path/"far away", tmp_path/"my clips"
+    export_videofolder(far, [ramp(4), ramp(4)], ["x", "y"])
+    near.mkdir()
+    (near/"link.mp4").symlink_to(far/"00000.mp4")
+    (near/"dead.mp4").symlink_to(tmp_path/"gone.mp4")
+    names = ["../far away/00000.mp4", str(far/"00001.mp4"), "link.mp4", "dead.mp4"]
+    (near/"metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": n}) + "\n" for n in names))
+    data = ClipFolder.open(near, 4, 16)
+    assert data.captions == names[:3] and len(data.skipped) == 1
+    assert "dead.mp4 is a link to" in data.report and "gone.mp4, which is not there" in data.report
+    (tmp_path/"folder").symlink_to(near)
+    assert len(ClipFolder.open(tmp_path/"folder", 4, 16)) == 3
+
+def test_a_linked_list_is_relative_to_where_it_is_linked(tmp_path):
+    "As in the cache of the Hugging Face hub, whose files are links to blobs."
+    (tmp_path/"blob").write_text("file_name,text\n0.mp4,a cat\n")
+    (tmp_path/"set").mkdir()
+    write_video(tmp_path/"set"/"0.mp4", ramp(4))
+    (tmp_path/"set"/"metadata.csv").symlink_to(tmp_path/"blob")
+    assert len(ClipFolder.open(tmp_path/"set", 4, 16)) == 1
+
+def test_home_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_video(tmp_path/"0.mp4", ramp(4))
+    (tmp_path/"list.txt").write_text("~/0.mp4|||a cat\n")
+    assert len(ClipFolder.open("~/list.txt", 4, 16)) == 1
+
+def menagerie_words():
+    from instructvideo_kit.menagerie.tokens import menagerie_tokenizer
+    return menagerie_tokenizer()
+
+def test_captions_in_other_languages_are_told(make):
+    folder = make([["0.mp4", "a cat walking at night"], ["1.mp4", "一只猫在夜里走路"], ["2.mp4", "un chat marche"]])
+    report = ClipFolder.open(folder, 4, 16, 14, tokenizer=menagerie_words()).report
+    assert "captions that are spelled out, which an encoder trained on other words reads badly: 2; the first: \"一只猫" in report
+    assert "24 tokens for 8 words" in report # three bytes a character
+    assert "captions that take more than 14 tokens and lose the rest: 1" in report and 'loses "夜里走路"' in report
+    plain = ClipFolder.open(folder, 4, 16, 14).report
+    assert "1 captions hold letters outside English" in plain and "un chat" not in plain
+
+@settings(deadline=None, max_examples=40)
+@given(st.text(alphabet="猫走路のabc é", max_size=30), st.integers(1, 20))
+def test_a_cut_falls_between_characters(caption, most):
+    tokenizer = menagerie_words()
+    kept, lost = cut_caption(caption, tokenizer, most)
+    assert (kept + lost).replace(" ", "") == caption.replace(" ", "") and "\ufffd" not in kept + lost
+    assert len(tokenizer(kept, add_special_tokens=False).input_ids) <= most
+    assert bool(lost.strip()) == (len(tokenizer(caption, add_special_tokens=False).input_ids) > most)
+
+def test_unknown_signs_are_told():
+    class T5ish:
+        unk_token_id, eos_token_id = 2, 1
+        def __call__(self, text, **kwargs): return type("Ids", (), {"input_ids": [2 if max(map(ord, w)) > 127 else 5 for w in text.split()]})
+    assert describe_captions(["a cat", "une 猫"], T5ish(), 9) == ['captions that hold signs the tokenizer does not know: 1; the first: "une 猫"']
+
+def test_preview_shows_what_the_model_sees(make):
+    data = ClipFolder.open(make([[f"{i}.mp4", f"clip {i}"] for i in range(3)]), 4, 16)
+    sheet = np.asarray(preview_sheet(data, n_clips=2, columns=4))
+    clip = to_uint8(data[0][0], 6)
+    assert any((sheet[y:y + 96, :96] == clip[0]).all() for y in range(sheet.shape[0] - 95)), "the first frame at the model's size, enlarged"
+    path = write_preview(data.paths[0].parent/"look.png", data)
+    assert Image.open(path).size[0] == 4*96 + 3*2
 
 
 # ---- export
@@ -379,7 +580,7 @@ def test_interrupted_export_leaves_no_metadata(tmp_path):
 @needs_samples
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda p: p.stem[:12])
 def test_real_clips(path, tmp_path):
-    assert clip_info(path) == (16, 256, 256, 8.)
+    assert clip_info(path)[:5] == (16, 256, 256, 8., None)
     clip = read_video(path, size=64)
     assert psnr(read_video(write_video(tmp_path/"a.mp4", clip, scale=2), size=64), clip) > 36
 
