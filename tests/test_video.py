@@ -1,5 +1,5 @@
 "Clips: frame choice, sizes, round trips, broken files, folders of captions."
-import base64, csv, errno, io, json, pickle, re, shutil, struct, sys, warnings
+import base64, csv, errno, functools, io, json, pickle, re, shutil, struct, sys, warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -333,7 +333,7 @@ def test_other_layouts(make, tmp_path):
 
 def test_report_says_short_clips_and_long_captions(make):
     data = ClipFolder.open(make([["0.mp4", "one two three four"], ["1.mp4", "one"]]), 16, (16, 24), max_words=3, fit="pad", sample=4)
-    for words in ("padded with black to 24x16", "at 4 fps", "2 too short", "1 captions have more than 3 words", "one two three four"):
+    for words in ("padded with black to 24x16", "at 4 fps", "2 too short", "captions that have more than 3 words and lose the rest: 1", "one two three four"):
         assert words in data.report
 
 def test_cache_is_bounded_and_bytes(make, monkeypatch):
@@ -517,6 +517,7 @@ def test_home_is_understood(tmp_path, monkeypatch):
     (tmp_path/"list.txt").write_text("~/0.mp4|||a cat\n")
     assert len(ClipFolder.open("~/list.txt", 4, 16)) == 1
 
+@functools.cache
 def menagerie_words():
     from instructvideo_kit.menagerie.tokens import menagerie_tokenizer
     return menagerie_tokenizer()
@@ -528,7 +529,7 @@ def test_captions_in_other_languages_are_told(make):
     assert "24 tokens for 8 words" in report # three bytes a character
     assert "captions that take more than 14 tokens and lose the rest: 1" in report and 'loses "夜里走路"' in report
     plain = ClipFolder.open(folder, 4, 16, 14).report
-    assert "1 captions hold letters outside English" in plain and "un chat" not in plain
+    assert "captions that hold letters outside English, which CLIP spells out in bytes: 1" in plain and "un chat" not in plain
 
 @settings(deadline=None, max_examples=40)
 @given(st.text(alphabet="猫走路のabc é", max_size=30), st.integers(1, 20))

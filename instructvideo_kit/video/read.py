@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..files import KitError
 
-# %% ../../nbs/video/00_read.ipynb #acd1c5d5
+# %% ../../nbs/video/00_read.ipynb #9de90889
 def _spots(
     first:float, # where the clip begins, in frames or seconds
     last:float, # where it ends
@@ -41,7 +41,8 @@ def choose_frames(
 )->list: # F frame numbers in 0..N-1, ascending; some repeat when the clip is too short
     "Numbers of the frames to take, before any is converted; ValueError for an unknown `sample` or a count below 1."
     if total < 1 or n_frames < 1: raise ValueError(f"{n_frames} frames of {total}; both must be at least 1")
-    if times is not None and len(times) != total: raise ValueError(f"{len(times)} times for {total} frames; give one each")
+    if times is not None and len(times) != total:
+        raise ValueError(f"{len(times)} times for {total} frames; give one each")
     a_rate = isinstance(sample, (int, float)) and sample > 0
     if not a_rate and sample not in ("spread", "first"):
         raise ValueError(f'sample is {sample!r}; it must be "spread", "first", or frames per second')
@@ -64,7 +65,7 @@ def frame_size(
     if len(pair) != 2 or min(pair) < 1: raise ValueError(f"size is {size}; give one side, (height, width), or None")
     return pair
 
-# %% ../../nbs/video/00_read.ipynb #003bdd0b
+# %% ../../nbs/video/00_read.ipynb #4bc94623
 def _resample(
     image:Image.Image,
     size:tuple, # (w, h) wanted
@@ -106,7 +107,7 @@ def _crop(
     left, top = (width - cut_w)//2, (height - cut_h)//2
     return _resample(image, (w, h), (left, top, left + cut_w, top + cut_h))
 
-# %% ../../nbs/video/00_read.ipynb #d0bc5653
+# %% ../../nbs/video/00_read.ipynb #2e17c520
 def resize_frame(
     image:Image.Image, # any size
     size:int|tuple|None, # (h, w), a side, or None to leave it
@@ -143,7 +144,7 @@ def _open(
         try: yield container, container.streams.video[0]
         except av.FFmpegError as e: raise KitError(f"{path} cannot be decoded: {e.strerror or e}") from e
 
-# %% ../../nbs/video/00_read.ipynb #3a71c0fd
+# %% ../../nbs/video/00_read.ipynb #ae44291b
 def _square(
     image:Image.Image, # as stored
     aspect:float, # width of a pixel over its height
@@ -162,7 +163,7 @@ def _upright(
     turn = getattr(frame, "rotation", 0) # degrees counter-clockwise, as Pillow counts; PyAV before 14 does not tell
     return image.rotate(turn, expand=True) if turn % 360 else image
 
-# %% ../../nbs/video/00_read.ipynb #dc5bd465
+# %% ../../nbs/video/00_read.ipynb #68764d92
 def _even(
     times, # seconds or ticks, ascending
 )->bool:
@@ -206,7 +207,7 @@ class ClipInfo(NamedTuple):
         "The frames to take of this clip, by time where its rate changes."
         return choose_frames(self.n_frames, n_frames, sample, self.fps, self.times)
 
-# %% ../../nbs/video/00_read.ipynb #2d28d169
+# %% ../../nbs/video/00_read.ipynb #b5ffd71f
 def _ends_early(
     path, # a video file
     stream, # its video stream
@@ -231,11 +232,11 @@ def _header(
         info = ClipInfo(stream.frames, image.height, image.width, rate, None, aspect, interlaced)
         return info, _index_is_even(stream)
 
-# %% ../../nbs/video/00_read.ipynb #588a961a
+# %% ../../nbs/video/00_read.ipynb #1a55b470
 def clip_info(
     path:str|Path, # a video file
 )->ClipInfo:
-    "Length, size, rate and oddities from the header and the first frame; KitError when the file holds no readable video."
+    "Length, size, rate and oddities from header and first frame; KitError when the file holds no readable video."
     info, even = _header(path)
     if even: return info
     times = _packet_times(path)
@@ -270,7 +271,7 @@ def _shorter(
         raise KitError(f"{path} is cut off: only {seen} of {info.n_frames} frames can be decoded; copy it again")
     return info._replace(n_frames=seen, times=info.times and info.times[:seen])
 
-# %% ../../nbs/video/00_read.ipynb #f4225350
+# %% ../../nbs/video/00_read.ipynb #a067dff6
 def read_frames(
     path:str|Path, # a video file
     info:ClipInfo, # its header
@@ -301,7 +302,7 @@ def _warn(
         todo = "undo it with ffmpeg -i IN -vf yadif OUT"
         warnings.warn(f"{path} is interlaced: what moves has combs at its edges; {todo}", stacklevel=3)
 
-# %% ../../nbs/video/00_read.ipynb #c8884fa7
+# %% ../../nbs/video/00_read.ipynb #0e4620c3
 def read_video(
     path:str|Path, # a video file (mp4, webm, gif, ...)
     n_frames:int=16, # F

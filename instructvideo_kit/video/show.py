@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INK', 'PAPER', 'LINE', 'caption_strip', 'beside', 'film_strip', 'clip_grid', 'show_video']
 
-# %% ../../nbs/video/02_show.ipynb #2f27ff47
+# %% ../../nbs/video/02_show.ipynb #a043890f
 import base64
 from functools import cache
 from html import escape
@@ -64,7 +64,7 @@ def beside(
         at[along] += image.size[along] + gap
     return sheet
 
-# %% ../../nbs/video/02_show.ipynb #537c7fad
+# %% ../../nbs/video/02_show.ipynb #3f974575
 def _clips(
     videos, # (b, f, 3, h, w), (f, 3, h, w), or a list of (f, 3, h, w)
     labels, # list of b captions, or None
@@ -144,7 +144,7 @@ def _figure(
     text = "" if label is None else f'<figcaption style="{style}">{escape(str(label))}</figcaption>'
     return f'<figure style="margin: 4px">{tag}{text}</figure>'
 
-# %% ../../nbs/video/02_show.ipynb #8de16e19
+# %% ../../nbs/video/02_show.ipynb #df14458c
 def show_video(
     video:torch.Tensor|list, # (f, 3, h, w), or (b, f, 3, h, w) to see them side by side, in [0, 1]
     fps:float=8, # frames per second

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_uint8', 'mp4_encoder', 'encode_mp4', 'write_video', 'encode_gif', 'write_gif']
 
-# %% ../../nbs/video/01_write.ipynb #008385ce
+# %% ../../nbs/video/01_write.ipynb #bb9be48c
 import io
 from fractions import Fraction
 from pathlib import Path
@@ -28,7 +28,8 @@ def to_uint8(
         raise ValueError(f"a clip has shape (f, 3, h, w) with nothing zero; got {tuple(video.shape)}")
     if scale < 1 or scale != int(scale): raise ValueError(f"scale is {scale}; it must be a whole number of at least 1")
     video = video.detach().float().cpu()
-    if not video.isfinite().all(): raise ValueError("the clip holds NaN or infinite pixels; look at the model that made it")
+    if not video.isfinite().all():
+        raise ValueError("the clip holds NaN or infinite pixels; look at the model that made it")
     pixels = (video.clamp(0, 1)*255).round().byte()
     return repeat(pixels, "f c h w -> f (h i) (w j) c", i=int(scale), j=int(scale)).contiguous().numpy()
 
@@ -82,7 +83,7 @@ def encode_mp4(
         out.mux(stream.encode())
     return buffer.getvalue()
 
-# %% ../../nbs/video/01_write.ipynb #09b8f0ec
+# %% ../../nbs/video/01_write.ipynb #df114d79
 def write_video(
     path:str|Path, # name of the mp4
     video:torch.Tensor, # (f, 3, h, w) in [0, 1]
@@ -106,7 +107,7 @@ def encode_gif(
     images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=round(1000/_rate(fps)), loop=0)
     return buffer.getvalue()
 
-# %% ../../nbs/video/01_write.ipynb #416c886f
+# %% ../../nbs/video/01_write.ipynb #0af664e0
 def write_gif(
     path:str|Path, # name of the gif
     video:torch.Tensor, # (f, 3, h, w) in [0, 1]
