@@ -7,10 +7,16 @@ __all__ = ['NEED_MEMORY', 'NEED_DISK', 'Check', 'check', 'report']
 
 # %% ../nbs/90_doctor.ipynb #52814732
 import importlib.metadata as metadata
-import os, shutil, subprocess, sys, tempfile
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
 from packaging.requirements import Requirement
+
 from .files import shipped
 
 # %% ../nbs/90_doctor.ipynb #89977fa9

@@ -9,8 +9,6 @@ __all__ = ['REWARD_LOSS', 'STEP_COST', 'LORA', 'CLEAR', 'GUESS', 'RWR_WEIGHTS', 
            'offset_noise', 'lora_size', 'own_reward']
 
 # %% ../../nbs/check/10_algorithms.ipynb #944a1dda
-import math
-
 import torch
 import torch.nn.functional as F
 

@@ -35,7 +35,8 @@ def _parquet(
     path:Path, # metadata.parquet
 )->list: # of dicts
     "Rows of a parquet file; KitError in one line where pyarrow is not installed."
-    try: from pyarrow import parquet, ArrowException
+    try:
+        from pyarrow import ArrowException, parquet
     except ImportError as e:
         raise KitError(f"{path} is read with pyarrow, which is not installed; pip install pyarrow") from e
     try: return parquet.read_table(path).to_pylist()

@@ -7,12 +7,16 @@ __all__ = ['SMALL', 'LAMBDAS', 'ACTIONS', 'picture_url', 'one_clip', 'RunStopped
            'Canvas', 'pipeline_generate']
 
 # %% ../../nbs/widgets/07_canvas.ipynb #889da52d
-import base64, io, threading, time
+import base64
+import io
+import threading
+import time
 from importlib import resources
 from pathlib import Path
 
-import anywidget, traitlets
+import anywidget
 import torch
+import traitlets
 from PIL import Image
 
 from ..files import KitError, near

@@ -37,7 +37,8 @@ def _gradients(ax, profiles):
 
 def _memory(ax, rows):
     ax.plot([r["step"] for r in rows], [r["memory_mb"]/1024 for r in rows], color="#5b6abf")
-    ax.set(title="peak memory, GB", xlabel="step"); ax.set_ylim(bottom=0)
+    ax.set(title="peak memory, GB", xlabel="step")
+    ax.set_ylim(bottom=0)
 
 def dashboard_png(
     rows, # lines of log.jsonl of kind step: step, reward, memory_mb
@@ -47,7 +48,9 @@ def dashboard_png(
     "Reward, gradient norm per step of the chain (newest darkest), memory; empty axes where there is nothing yet."
     figure = Figure(figsize=(9, 2.3), dpi=90)
     axes = figure.subplots(1, 3, gridspec_kw=dict(left=.07, right=.99, bottom=.2, top=.86, wspace=.3))
-    _reward(axes[0], rows, evaluations); _gradients(axes[1], profiles); _memory(axes[2], rows)
+    _reward(axes[0], rows, evaluations)
+    _gradients(axes[1], profiles)
+    _memory(axes[2], rows)
     for ax in axes:
         ax.title.set_fontsize(9)
         ax.tick_params(which="both", labelsize=8)
@@ -134,5 +137,7 @@ class TrainingDashboard(Panel):
         if self.profile and (step % self.profile_every == 0 or not self.profiles):
             found = gradient_profile(self.policy, reward, *self.profile, config)
             self.profiles.append((step, found.timesteps, found.norms.tolist()))
-        if time.monotonic() - self.drawn > self.pause: self.refresh(); self.drawn = time.monotonic()
+        if time.monotonic() - self.drawn > self.pause:
+            self.refresh()
+            self.drawn = time.monotonic()
         return self.asked.is_set()
