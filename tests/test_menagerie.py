@@ -69,6 +69,72 @@ def test_bad_scenes_are_refused(change, says):
     with pytest.raises(ValueError, match=says): render([replace(Scene("fox", "left", "meadow"), **change)])
 
 
+def test_a_small_frame_says_what_is_needed():
+    scene = Scene("fox", "left", "meadow", defects=(("watermark", .5),))
+    with pytest.raises(ValueError, match="size is 16; the word of the watermark is 19 pixels wide: give size=19 or more"): render([scene], size=16)
+    assert render([scene], torch.zeros(1, 1).long(), size=19).shape == (1, 1, 3, 19, 19)
+    assert render([replace(scene, defects=())], torch.zeros(1, 1).long(), size=16).shape == (1, 1, 3, 16, 16)
+    with pytest.raises(ValueError, match="size is 1; a frame has at least 2 pixels"): render([replace(scene, defects=())], size=1)
+
+
+# the file of subjects
+
+def test_pictures_are_those_the_weights_were_trained_on():
+    "Rows of numbers of all subjects and pieces of furniture, as one checksum: no edit of sprites.yaml goes unnoticed."
+    from hashlib import sha256
+    from instructvideo_kit.menagerie import world
+    rows = b"".join(t.numpy().tobytes() for t in (world.PARTS, world.PART_MASK, world.PROPS, world.PROP_MASK, world.BACKDROP))
+    assert sha256(rows).hexdigest()[:16] == "cb0229274c7b34e7", "weights know other pictures: train anew, or undo"
+
+GOOD = {"animals": {}, "new animals": {}, "things": {}}
+
+def subjects(tmp_path, **animals):
+    import yaml
+    path = tmp_path/"sprites.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, "animals": animals}, sort_keys=False))
+    return path
+
+@pytest.mark.parametrize("entry, says", [
+    ({"plan": "quadrupet"}, 'fox: no plan "quadrupet"; did you mean "quadruped"?'),
+    ({"plan": "quadruped"}, "fox: quadruped lacks fur"),
+    ({"plan": "quadruped", "fur": "8e97a8", "hed": [1, 2]}, 'fox: quadruped has no field "hed"; did you mean "head"?'),
+    ({"plan": "quadruped", "fur": 231815}, "fox: fur is 231815; expected six hex digits in quotes"),
+    ({"plan": "quadruped", "fur": "8e97a8", "body": [1]}, "fox: body is [1]; expected two numbers [a, b]"),
+    ({"plan": "quadruped", "fur": "8e97a8", "tail": [{"eer": [0, 1]}]}, 'fox, tail, piece 1: begins with "eer"; did you mean "ear"?'),
+    ({"parts": [{"part": [0, 0], "size": [1, 1], "fill": "ffffff"}, {"eye": 1}]}, "fox, piece 2: at is 1; expected two numbers [a, b]"),
+    ("a fox", "fox: is 'a fox'; expected a plan or a list of parts")])
+def test_mistakes_in_the_file_of_subjects(tmp_path, entry, says):
+    from instructvideo_kit.files import KitError
+    from instructvideo_kit.menagerie.sprites import read_subjects
+    with pytest.raises(KitError) as error: read_subjects(subjects(tmp_path, fox=entry))
+    assert str(error.value) == f"sprites.yaml, {says}"
+
+def test_all_mistakes_are_said_at_once_and_a_good_file_is_read(tmp_path):
+    from instructvideo_kit.files import KitError
+    from instructvideo_kit.menagerie.sprites import part, read_subjects
+    with pytest.raises(KitError) as error: read_subjects(subjects(tmp_path, a={"plan": "bird"}, b={"parts": [{"leg": [0, 0]}]}))
+    assert len(str(error.value).splitlines()) == 6 # bird lacks three colours, the leg lacks length, fill and phase
+    good = subjects(tmp_path, fox={"parts": [{"part": [0, 1], "size": [2, 3], "fill": "ee6a1e", "spots": 9, "second": "ffffff"}]})
+    assert read_subjects(good)["animals"] == {"fox": [part((0, 1), (2, 3), "ee6a1e", spots=9, second="ffffff")]}
+
+@pytest.mark.parametrize("text, says", [("animals: {}", "has the groups animals; expected animals, new animals, things"), ("a: [", "is not YAML")])
+def test_no_file_of_subjects(tmp_path, text, says):
+    from instructvideo_kit.files import KitError
+    from instructvideo_kit.menagerie.sprites import read_subjects
+    (tmp_path/"sprites.yaml").write_text(text)
+    with pytest.raises(KitError, match=says) as error: read_subjects(tmp_path/"sprites.yaml")
+    assert "\n" not in str(error.value)
+
+def test_the_file_of_subjects_is_read_in_no_time():
+    import time
+    from instructvideo_kit.menagerie.sprites import read_subjects
+    def cost():
+        start = time.process_time()
+        read_subjects()
+        return time.process_time() - start
+    assert min(cost() for _ in range(5)) < .05
+
+
 def test_too_many_prompts_are_refused():
     with pytest.raises(ValueError, match="5000"): prompts(5000)
     with pytest.raises(ValueError, match="no split"): combinations("test")
