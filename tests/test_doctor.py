@@ -42,7 +42,7 @@ def test_no_ffmpeg(monkeypatch):
 
 def test_little_memory_and_disk(tmp_path, monkeypatch):
     import psutil
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=0.5e9)); says_no(doctor._memory(), "0.5 GB free")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=0.5e9, total=8e9)); says_no(doctor._memory(), "0.5 GB free")
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda p: usage(1e10, 1e10, 2e8)); says_no(doctor._disk(tmp_path), "--out")
 
@@ -75,3 +75,47 @@ def test_report_counts_and_lists_the_bad_last():
 def test_doctor_starts_without_heavy_imports():
     code = "import sys, instructvideo_kit.doctor; print([m for m in ('torch', 'diffusers', 'psutil') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# ---- how long things take
+
+def test_time_goes_with_the_speed_of_the_processor():
+    here, slower = doctor.expected_minutes(doctor.REFERENCE), doctor.expected_minutes(doctor.REFERENCE/4)
+    assert here["demo"] == doctor.DEMO_MINUTES and set(here) == set(slower)
+    assert all(slower[name] == pytest.approx(4*here[name]) for name in here)
+
+def test_both_measured_demos_are_foretold():
+    "5 min 34 s at 200 GFLOP/s, 16 min 44 s at 68."
+    for speed, minutes in ((200, 5 + 34/60), (68, 16 + 44/60)): assert doctor.expected_minutes(speed)["demo"] == pytest.approx(minutes, rel=.1)
+
+def test_every_tutorial_is_named_with_the_minutes_of_its_card():
+    minutes = doctor.expected_minutes(doctor.REFERENCE)
+    masters = sorted(p.stem for p in (ROOT/"tutorials").glob("[0-9]*.ipynb"))
+    assert masters and set(minutes) == {"demo", *masters}
+    assert minutes["01_start_here"] == 1 and minutes["02_noise_and_the_ddim_map"] == .2 # as their cards say
+
+def test_a_card_without_minutes_and_no_course(tmp_path, monkeypatch):
+    (tmp_path/"a.ipynb").write_text('{"cells": [{"source": ["# A"]}]}')
+    (tmp_path/"b.ipynb").write_text("no notebook")
+    assert doctor._card_minutes(tmp_path/"a.ipynb") is None and doctor._card_minutes(tmp_path/"b.ipynb") is None
+    monkeypatch.setattr(doctor, "_course", lambda: [tmp_path/"a.ipynb"])
+    assert list(doctor.expected_minutes(100)) == ["demo"]
+    monkeypatch.setattr(doctor, "_course", lambda: [])
+    assert len(doctor.durations(100)) == 2
+
+def test_times_are_said_as_a_person_says_them():
+    assert [doctor._as_time(m) for m in (.1, 1.2, 1.6, 16.7)] == ["6 s", "72 s", "2 min", "17 min"]
+
+def test_processor_is_measured_and_times_follow(monkeypatch):
+    from instructvideo_kit import machine
+    found = machine.Machine(2, 2, 100., 300.)
+    monkeypatch.setattr(machine, "machine", lambda: found)
+    check = doctor._processor()
+    assert check.ok and "2 threads" in check.message and "100 GFLOP/s in float32, 300 in bfloat16" in check.message
+    text = doctor.report([check])
+    assert "at 100 GFLOP/s (cards: 200)" in text and "  demo" in text and text.splitlines()[-1] == "everything is there"
+    assert "demo" not in doctor.report([("disk", False, "make room")])
+
+def test_without_torch_nothing_is_foretold(monkeypatch):
+    monkeypatch.setitem(sys.modules, "instructvideo_kit.machine", None)
+    assert doctor._processor().ok and doctor.durations() == []

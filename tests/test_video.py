@@ -531,6 +531,20 @@ def test_captions_in_other_languages_are_told(make):
     plain = ClipFolder.open(folder, 4, 16, 14).report
     assert "captions that hold letters outside English, which CLIP spells out in bytes: 1" in plain and "un chat" not in plain
 
+def test_warnings_about_cut_captions_show_whole_characters():
+    "Of the policy and of the reward: a cut within the three bytes of a character is not shown as half a character."
+    from types import SimpleNamespace
+    from instructvideo_kit.policy.base import VideoPolicy
+    from instructvideo_kit.reward.clip import ClipReward
+    for n in range(6, 12): # characters; the cut after 14 tokens falls within the fifth
+        caption = "一只猫在夜里走过大街上去"[:n]
+        narrow = SimpleNamespace(tokenizer=menagerie_words(), max_tokens=16, name="a judge")
+        assert VideoPolicy.lost_words(narrow, caption) == caption[4:]
+        with pytest.warns(UserWarning, match="does not see") as said: ClipReward._say_what_is_cut(narrow, [caption])
+        assert f'"{caption[4:]}"' in str(said[0].message) and "\ufffd" not in str(said[0].message)
+    assert VideoPolicy.lost_words(narrow, "a cat " * 9) == "a cat a cat "
+    assert VideoPolicy.lost_words(narrow, "a cat") == ""
+
 @settings(deadline=None, max_examples=40)
 @given(st.text(alphabet="猫走路のabc é", max_size=30), st.integers(1, 20))
 def test_a_cut_falls_between_characters(caption, most):

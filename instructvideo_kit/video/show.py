@@ -151,7 +151,7 @@ def show_video(
     width:int=192, # pixels of each on the page
     labels:list|str|None=None, # captions, one per clip
     gif:bool=False, # GIF instead of mp4, for viewers that play no h264; chosen by itself where PyAV has no x264
-)->"IPython.display.HTML":
+): # IPython.display.HTML
     "Clips that play inside a notebook, pixels kept sharp; ValueError when there are not as many labels as clips."
     from IPython.display import HTML
     gif = gif or mp4_encoder() != "libx264"
