@@ -3,7 +3,7 @@ import base64
 import io
 import json
 import threading
-import time
+
 
 import numpy as np
 import pytest

@@ -15,7 +15,6 @@ from instructvideo_kit.menagerie.captions import (
     group_of,
     prompts,
     scenes,
-    split_of,
 )
 from instructvideo_kit.menagerie.defects import DEFECTS, render
 from instructvideo_kit.menagerie.oracle import Oracle, parse
@@ -292,7 +291,6 @@ def test_tracks_say_what_the_caption_says():
 
 
 def test_a_subject_is_drawn_where_its_track_says():
-    from dataclasses import replace
 
     from instructvideo_kit.menagerie.models import tracks
     from instructvideo_kit.menagerie.world import Scene

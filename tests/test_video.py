@@ -294,7 +294,8 @@ def test_header_that_promises_too_much_is_corrected(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "clip_info", lambda path: video.ClipInfo(40, 32, 32, 8.))
     with pytest.raises(KitError, match="only 15 of 40 frames"): read_video(path, 3)
 
-@pytest.mark.parametrize("name", ["a dir/a clip.mp4", "mötley 猫.mp4", "a:b.mp4", "50%d #1.mp4", "pipe:0.mp4", "-i.mp4"])
+@pytest.mark.parametrize("name", [
+    "a dir/a clip.mp4", "mötley 猫.mp4", "a:b.mp4", "50%d #1.mp4", "pipe:0.mp4", "-i.mp4"])
 def test_odd_names(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert read_video(write_video(name, ramp(4)), 4).shape == (4, 3, 32, 32)
@@ -305,8 +306,8 @@ def test_full_disk_keeps_the_old_clip(tmp_path, monkeypatch, where):
     old = path.read_bytes()
     def full(*args, **kwargs): raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(files.os, where, full)
-    for write in (write_video, write_gif):
-        with pytest.raises(OSError, match="No space"): write(path, ramp(16))
+    for save in (write_video, write_gif):
+        with pytest.raises(OSError, match="No space"): save(path, ramp(16))
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
@@ -350,7 +351,8 @@ def test_folder(make):
     assert "3 clips of 32x32" in data.report and "16x16; 4 frames spread over each clip of 8" in data.report
 
 def test_bad_clips_are_left_out_counted_and_named(make):
-    folder = make([["broken.mp4", "x"], ["0.mp4", "猫が歩く — a cat"], ["missing.mp4", "y"], ["1.mp4", "  "], ["2.mp4"]])
+    rows = [["broken.mp4", "x"], ["0.mp4", "猫が歩く — a cat"], ["missing.mp4", "y"], ["1.mp4", "  "], ["2.mp4"]]
+    folder = make(rows)
     data = ClipFolder.open(folder, 4, 16)
     assert data.captions == ["猫が歩く — a cat"] and len(data.skipped) == 4 and "4 of 5 left out" in data.report
     for word in ("broken.mp4 is not a video", "no file", "1.mp4: the caption is empty", "2.mp4: the caption is empty"):

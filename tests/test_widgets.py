@@ -1,4 +1,4 @@
-"Widgets without a browser: setting `.value` calls the observer that a mouse would; the picture's bytes tell if it worked."
+"Widgets without a browser: setting `.value` calls the observer that a mouse would; the bytes of the picture tell."
 import base64
 import io
 

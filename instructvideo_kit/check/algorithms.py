@@ -295,36 +295,36 @@ def best_and_worst(
 
 # %% ../../nbs/check/10_algorithms.ipynb #a247c379
 def _dpo(e_w, e_l, ref_w, ref_l, beta): return diffusion_dpo_loss(e_w, e_l, ref_w, ref_l, beta)[0]
-def _gap(w, l, rw, rl): return (w - rw) - (l - rl)
+def _gap(w, lo, rw, rl): return (w - rw) - (lo - rl)
 
 DPO = [
     Mistake(
-        lambda w, l, rw, rl, b: -F.logsigmoid(b / 2 * _gap(w, l, rw, rl)).mean(),
+        lambda w, lo, rw, rl, b: -F.logsigmoid(b / 2 * _gap(w, lo, rw, rl)).mean(),
         "a sign: here e is an error, and the winner's error should go down",
     ),
     Mistake(
-        lambda w, l, rw, rl, b: -F.logsigmoid(-b / 2 * (w - l)).mean(),
+        lambda w, lo, rw, rl, b: -F.logsigmoid(-b / 2 * (w - lo)).mean(),
         "the reference is missing: without it, an easy winner counts as a success of the learner",
     ),
-    Mistake(lambda w, l, rw, rl, b: -F.logsigmoid(-b * _gap(w, l, rw, rl)).mean(), "beta, where beta / 2 is asked for"),
+    Mistake(lambda w, lo, rw, rl, b: -F.logsigmoid(-b * _gap(w, lo, rw, rl)).mean(), "beta, where beta / 2 is asked for"),
     Mistake(
-        lambda w, l, rw, rl, b: torch.sigmoid(-b / 2 * _gap(w, l, rw, rl)).mean(),
+        lambda w, lo, rw, rl, b: torch.sigmoid(-b / 2 * _gap(w, lo, rw, rl)).mean(),
         "the logarithm is missing (and with it the sign): -log sigmoid",
     ),
     Mistake(
-        lambda w, l, rw, rl, b: -F.logsigmoid(-b / 2 * _gap(w, l, rw, rl)).sum(),
+        lambda w, lo, rw, rl, b: -F.logsigmoid(-b / 2 * _gap(w, lo, rw, rl)).sum(),
         "this is the sum over the pairs; take the mean",
     ),
     Mistake(
-        lambda w, l, rw, rl, b: (b / 2 * _gap(w, l, rw, rl)).mean(),
+        lambda w, lo, rw, rl, b: (b / 2 * _gap(w, lo, rw, rl)).mean(),
         "without -log sigmoid nothing ends: a pair that is long learnt pulls as hard as ever",
     ),
     Mistake(
-        lambda w, l, rw, rl, b: -F.logsigmoid(-b / 2 * (w - rw)).mean(),
+        lambda w, lo, rw, rl, b: -F.logsigmoid(-b / 2 * (w - rw)).mean(),
         "the loser does nothing: the loss asks for more gain on the winner than on the loser",
     ),
     Mistake(
-        lambda w, l, rw, rl, b: -F.logsigmoid(-b / 2 * _gap(w, l, rw, rl).mean()),
+        lambda w, lo, rw, rl, b: -F.logsigmoid(-b / 2 * _gap(w, lo, rw, rl).mean()),
         "first the loss of each pair, then the mean: -log sigmoid is bent",
     ),
 ]

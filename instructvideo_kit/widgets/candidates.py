@@ -107,9 +107,10 @@ def wall_with_curve(
 # %% ../../nbs/widgets/05_candidates.ipynb #458aa3c8
 def pair_note(scores):
     "What the pair is, in a sentence."
-    w, l, differ = (int(x) for x in best_and_worst(torch.as_tensor(scores, dtype=torch.float32)[None]))
+    best, worst, differ = (int(x) for x in best_and_worst(torch.as_tensor(scores, dtype=torch.float32)[None]))
     if not differ: return "All scores are equal: there is no pair, the caption is skipped and counted."
-    return f"Clip {w + 1} wins against clip {l + 1}, by {float(scores[w] - scores[l]):.3f}; the others are not used."
+    margin = float(scores[best] - scores[worst])
+    return f"Clip {best + 1} wins against clip {worst + 1}, by {margin:.3f}; the others are not used."
 
 # %% ../../nbs/widgets/05_candidates.ipynb #10923686
 def CandidateWall(
