@@ -306,7 +306,10 @@ DPO = [
         lambda w, lo, rw, rl, b: -F.logsigmoid(-b / 2 * (w - lo)).mean(),
         "the reference is missing: without it, an easy winner counts as a success of the learner",
     ),
-    Mistake(lambda w, lo, rw, rl, b: -F.logsigmoid(-b * _gap(w, lo, rw, rl)).mean(), "beta, where beta / 2 is asked for"),
+    Mistake(
+        lambda w, lo, rw, rl, b: -F.logsigmoid(-b * _gap(w, lo, rw, rl)).mean(),
+        "beta, where beta / 2 is asked for",
+    ),
     Mistake(
         lambda w, lo, rw, rl, b: torch.sigmoid(-b / 2 * _gap(w, lo, rw, rl)).mean(),
         "the logarithm is missing (and with it the sign): -log sigmoid",
