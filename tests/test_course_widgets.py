@@ -1,8 +1,11 @@
 "The widgets of the course without a browser: the ladder of timesteps, the gallery of fooled judges, guidance."
 import io
-import pytest, torch
+
+import pytest
+import torch
 from PIL import Image
 from tiny import tiny_pipeline
+
 from instructvideo_kit.diffusion.schedule import Schedule
 from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.widgets.guidance import GuidanceSlider, guided
@@ -19,7 +22,9 @@ def test_every_rung_has_one_fate(n_ddim, tau, k):
     numbers = ladder_numbers(SCHEDULE, n_ddim, tau, k)
     together = numbers["left_out"] + numbers["walked"] + numbers["opened"]
     assert together == SCHEDULE.timesteps(n_ddim).tolist()
-    assert len(numbers["opened"]) == min(k, round(tau*n_ddim)) and len(numbers["left_out"]) == n_ddim - round(tau*n_ddim)
+    assert len(numbers["opened"]) == min(k, round(tau * n_ddim)) and len(numbers["left_out"]) == n_ddim - round(
+        tau * n_ddim
+    )
     start = (numbers["walked"] + numbers["opened"])[0]
     assert numbers["amplitude"] == pytest.approx(SCHEDULE.at(start)**.5)
 
@@ -28,7 +33,12 @@ def test_ladder_refuses():
     with pytest.raises(ValueError, match="grad_steps is -1"): ladder_numbers(SCHEDULE, grad_steps=-1)
 
 def test_ladder_picture_follows_each_slider():
-    pictures = {ladder_png(SCHEDULE), ladder_png(SCHEDULE, 40), ladder_png(SCHEDULE, tau=.8), ladder_png(SCHEDULE, grad_steps=3)}
+    pictures = {
+        ladder_png(SCHEDULE),
+        ladder_png(SCHEDULE, 40),
+        ladder_png(SCHEDULE, tau=0.8),
+        ladder_png(SCHEDULE, grad_steps=3),
+    }
     assert len(pictures) == 4 and "12 of 20 steps, 1 of them" in ladder_note(ladder_numbers(SCHEDULE))
     panel = DDIMLadder(SCHEDULE)
     first = panel.image.value
@@ -78,7 +88,8 @@ def test_gallery_changes_with_the_list_and_the_slider(frame):
 # guidance
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory): return VideoPolicy.from_pretrained(tiny_pipeline(tmp_path_factory.mktemp("tiny"), "v_prediction", "patch"))
+def policy(tmp_path_factory):
+    return VideoPolicy.from_pretrained(tiny_pipeline(tmp_path_factory.mktemp("tiny"), "v_prediction", "patch"))
 
 def test_guided_is_generate_at_each_scale(policy):
     a, b = guided(policy, "a fox", (1., 6.), n_ddim=2, seed=3)

@@ -4,23 +4,46 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from instructvideo_kit.menagerie.captions import GROUPS, SPLITS, combinations, export_clips, group_of, prompts, scenes, split_of
+from instructvideo_kit.menagerie.captions import (
+    GROUPS,
+    SPLITS,
+    combinations,
+    export_clips,
+    group_of,
+    prompts,
+    scenes,
+)
 from instructvideo_kit.menagerie.defects import DEFECTS, render
 from instructvideo_kit.menagerie.oracle import Oracle, parse
 from instructvideo_kit.menagerie.tokens import menagerie_tokenizer, token_ids
 from instructvideo_kit.menagerie.world import MOTIONS, NAMES, PLACES, Scene
 
 every = [s for k in SPLITS for s in combinations(k)]
-a_scene = st.builds(Scene, st.sampled_from(NAMES), st.sampled_from(list(MOTIONS)), st.sampled_from(list(PLACES)), st.integers(0, 2 ** 31 - 1))
+a_scene = st.builds(
+    Scene,
+    st.sampled_from(NAMES),
+    st.sampled_from(list(MOTIONS)),
+    st.sampled_from(list(PLACES)),
+    st.integers(0, 2**31 - 1),
+)
 few = settings(max_examples=15, deadline=None)
 
 
 def test_splits_are_disjoint_and_fixed():
     by_split = {k: {s.caption for s in combinations(k)} for k in SPLITS}
-    assert not by_split["train"] & by_split["tune"] and not by_split["train"] & by_split["evaluation"] and not by_split["tune"] & by_split["evaluation"]
-    assert {k: len(v) for k, v in by_split.items()} == {"train": 1343, "tune": 254, "evaluation": 399}, "the split of shipped weights must not move"
+    assert (
+        not by_split["train"] & by_split["tune"]
+        and not by_split["train"] & by_split["evaluation"]
+        and not by_split["tune"] & by_split["evaluation"]
+    )
+    assert {k: len(v) for k, v in by_split.items()} == {
+        "train": 1343,
+        "tune": 254,
+        "evaluation": 399,
+    }, "the split of shipped weights must not move"
 
 
 def test_every_evaluation_group_is_large_enough():
@@ -36,7 +59,10 @@ def test_captions_parse_back_and_fit_the_tokenizer():
         assert parse(scene.caption) == scene
         assert len(tokenizer.tokenize(scene.caption)) == len(scene.caption.split()) <= 14
     with pytest.raises(ValueError, match="not a caption of the menagerie"): parse("barbary sheep")
-    assert token_ids(tokenizer, ["barbary sheep in a field of words that never ends and goes on and on"]).shape == (1, 16)
+    assert token_ids(tokenizer, ["barbary sheep in a field of words that never ends and goes on and on"]).shape == (
+        1,
+        16,
+    )
 
 
 @few
@@ -59,14 +85,118 @@ def test_a_clip_does_not_depend_on_its_batch(scenes):
 def test_a_stronger_defect_is_further_from_clean(defect):
     plain = scenes("evaluation", 8, seed=1, clean=True)
     clean = render(plain)
-    away = [(render([replace(s, defects=((defect, k),)) for s in plain]) - clean).abs().mean().item() for k in (.3, .6, 1.)]
+    away = [
+        (render([replace(s, defects=((defect, k),)) for s in plain]) - clean).abs().mean().item()
+        for k in (0.3, 0.6, 1.0)
+    ]
     assert 0 < away[0] < away[1] < away[2]
 
 
-@pytest.mark.parametrize("change, says", [({"species": "unicorn"}, "unicorn"), ({"motion": "sideways"}, "sideways"), ({"place": "moon"}, "moon"),
-                                          ({"defects": (("blurr", .5),)}, "blur"), ({"defects": (("blur", 1.5),)}, "1.5")])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"species": "unicorn"}, "unicorn"),
+        ({"motion": "sideways"}, "sideways"),
+        ({"place": "moon"}, "moon"),
+        ({"defects": (("blurr", 0.5),)}, "blur"),
+        ({"defects": (("blur", 1.5),)}, "1.5"),
+    ],
+)
 def test_bad_scenes_are_refused(change, says):
     with pytest.raises(ValueError, match=says): render([replace(Scene("fox", "left", "meadow"), **change)])
+
+
+def test_a_small_frame_says_what_is_needed():
+    scene = Scene("fox", "left", "meadow", defects=(("watermark", .5),))
+    with pytest.raises(
+        ValueError, match="size is 16; the word of the watermark is 19 pixels wide: give size=19 or more"
+    ):
+        render([scene], size=16)
+    assert render([scene], torch.zeros(1, 1).long(), size=19).shape == (1, 1, 3, 19, 19)
+    assert render([replace(scene, defects=())], torch.zeros(1, 1).long(), size=16).shape == (1, 1, 3, 16, 16)
+    with pytest.raises(ValueError, match="size is 1; a frame has at least 2 pixels"):
+        render([replace(scene, defects=())], size=1)
+
+
+# the file of subjects
+
+def test_pictures_are_those_the_weights_were_trained_on():
+    "Rows of numbers of all subjects and pieces of furniture, as one checksum: no edit of sprites.yaml goes unnoticed."
+    from hashlib import sha256
+
+    from instructvideo_kit.menagerie import world
+    rows = b"".join(
+        t.numpy().tobytes() for t in (world.PARTS, world.PART_MASK, world.PROPS, world.PROP_MASK, world.BACKDROP)
+    )
+    assert sha256(rows).hexdigest()[:16] == "cb0229274c7b34e7", "weights know other pictures: train anew, or undo"
+
+GOOD = {"animals": {}, "new animals": {}, "things": {}}
+
+def subjects(tmp_path, **animals):
+    import yaml
+    path = tmp_path/"sprites.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, "animals": animals}, sort_keys=False))
+    return path
+
+@pytest.mark.parametrize(
+    "entry, says",
+    [
+        ({"plan": "quadrupet"}, 'fox: no plan "quadrupet"; did you mean "quadruped"?'),
+        ({"plan": "quadruped"}, "fox: quadruped lacks fur"),
+        (
+            {"plan": "quadruped", "fur": "8e97a8", "hed": [1, 2]},
+            'fox: quadruped has no field "hed"; did you mean "head"',
+        ),
+        ({"plan": "quadruped", "fur": 231815}, "fox: fur is 231815; expected six hex digits in quotes"),
+        ({"plan": "quadruped", "fur": "8e97a8", "body": [1]}, "fox: body is [1]; expected two numbers [a, b]"),
+        (
+            {"plan": "quadruped", "fur": "8e97a8", "tail": [{"eer": [0, 1]}]},
+            'fox, tail, piece 1: begins with "eer"; did you mean "eye" or "ear"?',
+        ),
+        (
+            {"parts": [{"part": [0, 0], "size": [1, 1], "fill": "ffffff"}, {"eye": 1}]},
+            "fox, piece 2: at is 1; expected two numbers [a, b]",
+        ),
+        ("a fox", "fox: is 'a fox'; expected a plan or a list of parts"),
+    ],
+)
+def test_mistakes_in_the_file_of_subjects(tmp_path, entry, says):
+    from instructvideo_kit.files import KitError
+    from instructvideo_kit.menagerie.sprites import read_subjects
+    with pytest.raises(KitError) as error: read_subjects(subjects(tmp_path, fox=entry))
+    assert str(error.value).startswith(f"sprites.yaml, {says}") and "\n" not in str(error.value)
+
+def test_all_mistakes_are_said_at_once_and_a_good_file_is_read(tmp_path):
+    from instructvideo_kit.files import KitError
+    from instructvideo_kit.menagerie.sprites import part, read_subjects
+    with pytest.raises(KitError) as error:
+        read_subjects(subjects(tmp_path, a={"plan": "bird"}, b={"parts": [{"leg": [0, 0]}]}))
+    assert len(str(error.value).splitlines()) == 6 # bird lacks three colours, the leg lacks length, fill and phase
+    good = subjects(
+        tmp_path, fox={"parts": [{"part": [0, 1], "size": [2, 3], "fill": "ee6a1e", "spots": 9, "second": "ffffff"}]}
+    )
+    assert read_subjects(good)["animals"] == {"fox": [part((0, 1), (2, 3), "ee6a1e", spots=9, second="ffffff")]}
+
+@pytest.mark.parametrize(
+    "text, says",
+    [("animals: {}", "has the groups animals; expected animals, new animals, things"), ("a: [", "is not YAML")],
+)
+def test_no_file_of_subjects(tmp_path, text, says):
+    from instructvideo_kit.files import KitError
+    from instructvideo_kit.menagerie.sprites import read_subjects
+    (tmp_path/"sprites.yaml").write_text(text)
+    with pytest.raises(KitError, match=says) as error: read_subjects(tmp_path/"sprites.yaml")
+    assert "\n" not in str(error.value)
+
+def test_the_file_of_subjects_is_read_in_no_time():
+    import time
+
+    from instructvideo_kit.menagerie.sprites import read_subjects
+    def cost():
+        start = time.process_time()
+        read_subjects()
+        return time.process_time() - start
+    assert min(cost() for _ in range(5)) < .05
 
 
 def test_too_many_prompts_are_refused():
@@ -96,7 +226,9 @@ def test_the_oracle_opposes_directions():
     wrong = [replace(s, motion="right").caption for s in left]
     assert oracle(render(left), [s.caption for s in left])["direction"].mean() > .85
     assert oracle(render(left), wrong)["direction"].mean() < .1
-    assert oracle(render(left).flip(1), [s.caption for s in left])["direction"].mean() < .7, "played backwards, a clip no longer goes left"
+    assert (
+        oracle(render(left).flip(1), [s.caption for s in left])["direction"].mean() < 0.7
+    ), "played backwards, a clip no longer goes left"
 
 
 def test_the_judge_prefers_what_is_better():
@@ -136,7 +268,10 @@ def test_the_pool_replaces_its_oldest():
     assert pool.filled == 12 and pool.at == 20 % 12
     z, ids, track = pool.batch(200, 0)
     assert track.shape == (200, 1, 3)
-    assert z.shape == (200, 3, 1, 8, 8) and .02 < (ids == token_ids(menagerie_tokenizer(), [""])).all(1).float().mean() < .25
+    assert (
+        z.shape == (200, 3, 1, 8, 8)
+        and 0.02 < (ids == token_ids(menagerie_tokenizer(), [""])).all(1).float().mean() < 0.25
+    )
 
 
 # guides of the clip phase
@@ -144,14 +279,16 @@ def test_the_pool_replaces_its_oldest():
 def test_tracks_say_what_the_caption_says():
     from instructvideo_kit.menagerie.autoencoder import tracks
     from instructvideo_kit.menagerie.world import Scene
-    track = tracks([Scene("fox", m, "meadow", 4) for m in ("left", "right", "closer", "away", "rest")], torch.arange(16).expand(5, -1))
+    track = tracks(
+        [Scene("fox", m, "meadow", 4) for m in ("left", "right", "closer", "away", "rest")],
+        torch.arange(16).expand(5, -1),
+    )
     x, size = track[..., 0], track[..., 2]
     assert (x[0].diff() < 0).all() and (x[1].diff() > 0).all() and x[2:].diff().abs().max() == 0
     assert (size[2].diff() > 0).all() and (size[3].diff() < 0).all() and size[[0, 1, 4]].diff().abs().max() == 0
 
 
 def test_a_subject_is_drawn_where_its_track_says():
-    from dataclasses import replace
     from instructvideo_kit.menagerie.autoencoder import tracks
     from instructvideo_kit.menagerie.world import Scene
     scene = Scene("fox", "right", "meadow", 4)

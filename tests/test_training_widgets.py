@@ -11,7 +11,16 @@ from PIL import Image
 from instructvideo_kit.tuning.algorithm import tune
 from instructvideo_kit.tuning.online_dpo import OnlineDPOConfig
 from instructvideo_kit.tuning.run_folder import RunFolder, read_log
-from instructvideo_kit.widgets.candidates import LOSE, REST, WIN, CandidateWall, accuracy_png, candidate_wall, draw_candidates, pair_note
+from instructvideo_kit.widgets.candidates import (
+    LOSE,
+    REST,
+    WIN,
+    CandidateWall,
+    accuracy_png,
+    candidate_wall,
+    draw_candidates,
+    pair_note,
+)
 from instructvideo_kit.widgets.dashboard import TrainingDashboard, dashboard_png
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -28,13 +37,15 @@ def frames_of(wall, n): # colour of each candidate's frame
 def size(data): return Image.open(io.BytesIO(data)).size
 
 
-# ---- candidates -----------------------------------------------------------------------------------------------------------------
+# ---- candidates --------------------------------------------------------------------------------
 
 def test_winner_and_loser_are_framed():
     videos = torch.rand(4, 8, 3, 16, 16)
     assert frames_of(candidate_wall(videos, [.2, .9, .1, .5], "a cat"), 4) == [REST, WIN, LOSE, REST]
     assert frames_of(candidate_wall(videos, [.5]*4), 4) == [REST]*4 # all equal: no pair
-    assert "Clip 2 wins against clip 3, by 0.800" in pair_note(torch.tensor([.2, .9, .1, .5])) and "no pair" in pair_note(torch.ones(3))
+    assert "Clip 2 wins against clip 3, by 0.800" in pair_note(
+        torch.tensor([0.2, 0.9, 0.1, 0.5])
+    ) and "no pair" in pair_note(torch.ones(3))
     with pytest.raises(ValueError, match="4 candidates and 2 scores"): candidate_wall(videos, [1., 2.])
     with pytest.raises(ValueError, match="at least 2"): candidate_wall(videos[:1], [1.])
 
@@ -45,7 +56,9 @@ def test_candidates_are_those_of_a_training_step(patch_folder):
     policy, config = open_policy(patch_folder), OnlineDPOConfig(n_ddim=2, guidance_scale=1., n_candidates=3)
     drawn = draw_candidates(policy, redness, ["a cat", "a fish"], config)
     _, scores = candidates(policy, redness, ["a cat", "a fish"], [example_generator(0, p) for p in range(2)], config)
-    assert [c for c, _, _ in drawn] == ["a cat", "a fish"] and torch.equal(torch.stack([s for _, _, s in drawn]), scores)
+    assert [c for c, _, _ in drawn] == ["a cat", "a fish"] and torch.equal(
+        torch.stack([s for _, _, s in drawn]), scores
+    )
     assert drawn[0][1].shape == (3, policy.n_frames, 3, *policy.size) and not drawn[0][1].requires_grad
 
 
@@ -65,7 +78,7 @@ def test_the_wall_changes_with_the_caption():
     with pytest.raises(ValueError, match="no candidates"): CandidateWall([])
 
 
-# ---- dashboard ------------------------------------------------------------------------------------------------------------------
+# ---- dashboard --------------------------------------------------------------------------------
 
 def test_the_picture_shows_what_there_is():
     rows = [{"step": s, "reward": s/9, "memory_mb": 500} for s in range(1, 9)]
@@ -87,18 +100,23 @@ def test_the_button_stops_saved_and_the_run_goes_on_exactly(patch_folder, tmp_pa
     assert panel.halt.disabled and "step 0 of 6" in panel.note.value
     slow = panel._between_steps
     panel._between_steps = lambda: (time.sleep(.1), slow())[1]
-    panel.go.click(); assert panel.go.disabled and not panel.halt.disabled
+    panel.go.click()
+    assert panel.go.disabled and not panel.halt.disabled
     while len(read_log(tmp_path/"run")) < 2 and panel.running: time.sleep(.01)
-    panel.halt.click(); result = panel.wait()
+    panel.halt.click()
+    result = panel.wait()
     assert panel.error is None and 2 <= result.steps < 6 and not result.finished
     assert "stopped and saved" in panel.note.value and panel.halt.disabled and not panel.go.disabled
     assert RunFolder(tmp_path/"run").checkpoints()[-1].name == f"step-{result.steps:06d}"
-    panel.go.click(); result = panel.wait()
+    panel.go.click()
+    result = panel.wait()
     assert result.finished and "finished" in panel.note.value
     figures = lambda run: [(r["step"], r["loss"], r["grad_norm"]) for r in read_log(run)]
     assert figures(tmp_path/"run") == figures(straight.run_dir) # neither the stop nor the profiles changed a number
     steps = [s for s, _, _ in panel.profiles]
-    assert steps and len(panel.profiles[0][2]) == len(panel.profiles[0][1]) == 2 and steps == sorted(steps) # a chain of two steps
+    assert (
+        steps and len(panel.profiles[0][2]) == len(panel.profiles[0][1]) == 2 and steps == sorted(steps)
+    )  # a chain of two steps
 
 
 def test_an_error_in_the_thread_is_shown(patch_folder, tmp_path):

@@ -1,8 +1,12 @@
-"Widgets without a browser: setting `.value` calls the observer that a mouse would, and the picture's bytes tell whether it worked."
-import base64, io
-import pytest, torch
+"Widgets without a browser: setting `.value` calls the observer that a mouse would; the bytes of the picture tell."
+import base64
+import io
+
+import pytest
+import torch
 from PIL import Image
 from tiny import N_FRAMES, SIZE, tiny_pipeline
+
 from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.tuning.instructvideo import InstructVideoConfig
 from instructvideo_kit.widgets.players import Panel, choice, png_bytes, side_by_side, slider, still_png
@@ -10,8 +14,10 @@ from instructvideo_kit.widgets.segments import SegmentStrip, segment_numbers, se
 from instructvideo_kit.widgets.tau import TauSlider, tau_edit
 from instructvideo_kit.widgets.truncation import TruncationSlider, gradient_profile, truncated
 
+
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory): return VideoPolicy.from_pretrained(tiny_pipeline(tmp_path_factory.mktemp("tiny"), "v_prediction", "patch"))
+def policy(tmp_path_factory):
+    return VideoPolicy.from_pretrained(tiny_pipeline(tmp_path_factory.mktemp("tiny"), "v_prediction", "patch"))
 
 @pytest.fixture(scope="module")
 def clip(): return torch.rand(N_FRAMES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
@@ -23,7 +29,9 @@ def brightness(frames, prompts): return frames.mean(dim=(2, 3, 4))
 
 def test_png_keeps_pixels_sharp(clip):
     image = Image.open(io.BytesIO(png_bytes(clip[0], scale=3)))
-    assert image.size == (3*SIZE, 3*SIZE) and image.getpixel((0, 0)) == image.getpixel((2, 2)) == tuple((clip[0, :, 0, 0]*255).round().int().tolist())
+    assert image.size == (3 * SIZE, 3 * SIZE) and image.getpixel((0, 0)) == image.getpixel((2, 2)) == tuple(
+        (clip[0, :, 0, 0] * 255).round().int().tolist()
+    )
 
 def test_panel_tells_a_refusal_and_keeps_the_picture():
     def draw(n):
@@ -65,7 +73,11 @@ def test_tau_edit_takes_tau_d_steps_and_shares_its_noise(policy, clip):
     low, high = tau_edit(policy, clip, "a cat runs", taus=(0.25, 1.0), n_ddim=4)
     assert low.timesteps == [1] and high.timesteps == [751, 501, 251, 1]
     assert low.alpha_bar > high.alpha_bar
-    assert [v.shape for v in (low.corrupted, high.edited)] == [clip.shape]*2 and high.edited.min() >= 0 and high.edited.max() <= 1
+    assert (
+        [v.shape for v in (low.corrupted, high.edited)] == [clip.shape] * 2
+        and high.edited.min() >= 0
+        and high.edited.max() <= 1
+    )
     again, = tau_edit(policy, clip, "a cat runs", taus=(1.0,), n_ddim=4)
     assert torch.equal(again.edited, high.edited)
 
@@ -104,18 +116,33 @@ def test_strip_refuses(clip):
 
 def test_seed_moves_random_frames_only(clip):
     frames = lambda mode, seed: segment_numbers(64, 4, mode=mode, seed=seed)["frames"]
-    assert frames("random", 0) != frames("random", 1) and frames("random", 1) == frames("random", 1) and frames("first", 0) == frames("first", 1)
+    assert (
+        frames("random", 0) != frames("random", 1)
+        and frames("random", 1) == frames("random", 1)
+        and frames("first", 0) == frames("first", 1)
+    )
 
 def test_strip_frames_exactly_the_chosen(clip):
     "The frame colour stands left of each chosen frame and of no other."
     from instructvideo_kit.widgets.segments import CHOSEN, frame_lefts
     image, numbers = segment_strip(clip, 3, mode="middle")
-    marked = [f for f, left in enumerate(frame_lefts(numbers["bounds"], SIZE*2)) if image.getpixel((left + SIZE, 1)) == CHOSEN]
+    marked = [
+        f
+        for f, left in enumerate(frame_lefts(numbers["bounds"], SIZE * 2))
+        if image.getpixel((left + SIZE, 1)) == CHOSEN
+    ]
     assert marked == numbers["frames"] == [1, 3, 6]
 
 def test_segment_sliders_change_the_picture(clip):
     panel = SegmentStrip(clip)
-    for name, value in (("n_segments", 2), ("lam", 0.), ("mode", "random"), ("seed", 5), ("lam", 0.5), ("center", "midpoint")):
+    for name, value in (
+        ("n_segments", 2),
+        ("lam", 0.0),
+        ("mode", "random"),
+        ("seed", 5),
+        ("lam", 0.5),
+        ("center", "midpoint"),
+    ):
         before = panel.image.value
         panel.controls[name].value = value
         assert panel.image.value != before, name
@@ -141,7 +168,10 @@ def test_truncated_cuts_and_prices(profile):
     assert profile.timesteps == [501, 251, 1] and profile.step_bytes > 0 and profile.branches == 2
     assert truncated(profile, 0) == dict(norms=[], cost=6, full_cost=12, bytes=0)
     assert truncated(profile, 1)["cost"] == 8 and truncated(profile, 3)["cost"] == 12
-    assert truncated(profile, 2)["norms"] == profile.norms[-2:].tolist() and truncated(profile, 2)["bytes"] == 2*profile.step_bytes
+    assert (
+        truncated(profile, 2)["norms"] == profile.norms[-2:].tolist()
+        and truncated(profile, 2)["bytes"] == 2 * profile.step_bytes
+    )
     for K in (-1, 4):
         with pytest.raises(ValueError, match="0..3"): truncated(profile, K)
 

@@ -1,4 +1,4 @@
-"Exercises that answer at once: check.<name>(your_function) says right, or which mistake it was. The checks lie in this folder and are found by name."
+"Exercises that answer at once: check.<name>(your_function) says right, or which mistake it was; found by name in here."
 import importlib.util
 
 from .quiz import quiz
@@ -16,4 +16,6 @@ def __getattr__(name):
     raise AttributeError(f"there is no check {name!r}; dir(check) lists them")
 
 def __dir__():
-    return sorted({n for room in _ROOMS for n in importlib.import_module(room, __name__).__all__ if n.islower()} | {"quiz", "judge", "Mistake"})
+    names = {"quiz", "judge", "Mistake"}
+    for room in _ROOMS: names.update(n for n in importlib.import_module(room, __name__).__all__ if n.islower())
+    return sorted(names)

@@ -9,8 +9,6 @@ __all__ = ['REWARD_LOSS', 'STEP_COST', 'LORA', 'CLEAR', 'GUESS', 'RWR_WEIGHTS', 
            'offset_noise', 'lora_size', 'own_reward']
 
 # %% ../../nbs/check/10_algorithms.ipynb #944a1dda
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -34,101 +32,168 @@ def _normal(
 def _loss(scores, weights): return -segmental_reward(scores, weights).mean()
 
 REWARD_LOSS = [
-    Mistake(lambda r, f: (f * r).mean(1).mean(), 'the sign: an optimiser goes downhill, the reward should go up'),
-    Mistake(lambda r, f: -(f * r).sum(1).mean(), 'you sum over the segments; Eq. (8) divides by S'),
-    Mistake(lambda r, f: -((f * r).sum(1) / f.sum(1)).mean(), 'you divide by the sum of the weights; Eq. (8) divides by S, so that distant frames make the step smaller'),
-    Mistake(lambda r, f: -r.mean(), 'the weights do nothing: this is Eq. (6)'),
-    Mistake(lambda r, f: -(f * r).mean(1), 'this is one number per clip; the loss of a batch is their mean'),
-    Mistake(lambda r, f: 1 - (f * r).mean(), 'this is 1 - R, as the released code has it: the same gradient, but the exercise asks for Eq. (9), -R'),
+    Mistake(lambda r, f: (f * r).mean(1).mean(), "the sign: an optimiser goes downhill, the reward should go up"),
+    Mistake(lambda r, f: -(f * r).sum(1).mean(), "you sum over the segments; Eq. (8) divides by S"),
+    Mistake(
+        lambda r, f: -((f * r).sum(1) / f.sum(1)).mean(),
+        "you divide by the sum of the weights; Eq. (8) divides by S, so that distant frames make the step smaller",
+    ),
+    Mistake(lambda r, f: -r.mean(), "the weights do nothing: this is Eq. (6)"),
+    Mistake(lambda r, f: -(f * r).mean(1), "this is one number per clip; the loss of a batch is their mean"),
+    Mistake(
+        lambda r, f: 1 - (f * r).mean(),
+        "this is 1 - R, as the released code has it: the same gradient, but the exercise asks for Eq. (9), -R",
+    ),
 ]
 
 def reward_loss(
     fn, # fn(scores (b, s), weights (b, s)) -> scalar loss
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: InstructVideo's loss, Eq. (8) and (9)."
-    cases = [(_normal(2, 4), torch.rand(2, 4)), (_normal(3, 5, seed=1), torch.full((3, 5), .5)), (_normal(1, 1, seed=2), torch.ones(1, 1))]
+    cases = [
+        (_normal(2, 4), torch.rand(2, 4)),
+        (_normal(3, 5, seed=1), torch.full((3, 5), 0.5)),
+        (_normal(1, 1, seed=2), torch.ones(1, 1)),
+    ]
     return judge(fn, _loss, cases, REWARD_LOSS, 'Nothing in it says how a clip should look: that is all in r.')
 
 # %% ../../nbs/check/10_algorithms.ipynb #e0c8dfe4
 def _cost(n_steps, grad_steps, branches): return branches * (n_steps + grad_steps)
 
 STEP_COST = [
-    Mistake(lambda n, k, c: c * n, 'the backward pass is missing: each of the K open steps costs one evaluation more'),
-    Mistake(lambda n, k, c: n + k, 'guidance asks the network with and without the caption: times the number of branches'),
-    Mistake(lambda n, k, c: c * 2 * n, 'this sends the gradient through all n steps; only K of them are open'),
-    Mistake(lambda n, k, c: c * (n + 2 * k), 'the open steps are counted once too often: they are among the n'),
-    Mistake(lambda n, k, c: c * n + k, 'the gradient goes through both branches: they count double on the way back too'),
-    Mistake(lambda n, k, c: c * 2 * k, 'the n - K steps without gradient are missing; they are most of the cost'),
+    Mistake(lambda n, k, c: c * n, "the backward pass is missing: each of the K open steps costs one evaluation more"),
+    Mistake(
+        lambda n, k, c: n + k, "guidance asks the network with and without the caption: times the number of branches"
+    ),
+    Mistake(lambda n, k, c: c * 2 * n, "this sends the gradient through all n steps; only K of them are open"),
+    Mistake(lambda n, k, c: c * (n + 2 * k), "the open steps are counted once too often: they are among the n"),
+    Mistake(
+        lambda n, k, c: c * n + k, "the gradient goes through both branches: they count double on the way back too"
+    ),
+    Mistake(lambda n, k, c: c * 2 * k, "the n - K steps without gradient are missing; they are most of the cost"),
 ]
 
 def step_cost(
     fn, # fn(n_steps, grad_steps, branches) -> number of network evaluations
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: network evaluations per clip of one tuning step, a backward pass counted as one."
-    return judge(fn, _cost, [(12, 1, 2), (12, 1, 1), (20, 1, 2), (12, 12, 2), (20, 3, 1)], STEP_COST, 'Going through all steps costs less than twice as much; memory is the reason for K = 1.')
+    return judge(
+        fn,
+        _cost,
+        [(12, 1, 2), (12, 1, 1), (20, 1, 2), (12, 12, 2), (20, 3, 1)],
+        STEP_COST,
+        "Going through all steps costs less than twice as much; memory is the reason for K = 1.",
+    )
 
 # %% ../../nbs/check/10_algorithms.ipynb #3af64cc4
 def _lora(x, W, A, B, scale): return x @ (W + scale * B @ A).T
 
 LORA = [
-    Mistake(lambda x, W, A, B, s: s * x @ A.T @ B.T, 'the frozen layer itself is missing: the LoRA is added to x W^T'),
-    Mistake(lambda x, W, A, B, s: x @ W.T + x @ A.T @ B.T, 'the scale does nothing'),
-    Mistake(lambda x, W, A, B, s: s * (x @ W.T + x @ A.T @ B.T), 'the scale belongs to the LoRA only; the frozen layer keeps its own size'),
-    Mistake(lambda x, W, A, B, s: x @ W.T, 'this is the frozen layer alone: A and B do nothing'),
-    Mistake(lambda x, W, A, B, s: x @ W.T + s / A.shape[0] * x @ A.T @ B.T, 'you divide by the rank; here the scale is given as it is to be used'),
+    Mistake(lambda x, W, A, B, s: s * x @ A.T @ B.T, "the frozen layer itself is missing: the LoRA is added to x W^T"),
+    Mistake(lambda x, W, A, B, s: x @ W.T + x @ A.T @ B.T, "the scale does nothing"),
+    Mistake(
+        lambda x, W, A, B, s: s * (x @ W.T + x @ A.T @ B.T),
+        "the scale belongs to the LoRA only; the frozen layer keeps its own size",
+    ),
+    Mistake(lambda x, W, A, B, s: x @ W.T, "this is the frozen layer alone: A and B do nothing"),
+    Mistake(
+        lambda x, W, A, B, s: x @ W.T + s / A.shape[0] * x @ A.T @ B.T,
+        "you divide by the rank; here the scale is given as it is to be used",
+    ),
 ]
 
 def lora_layer(
     fn, # fn(x (n, in), W (out, in), A (r, in), B (out, r), scale) -> (n, out)
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: what a layer with a LoRA computes."
-    cases = [(_normal(n, i), _normal(o, i, seed=1), _normal(r, i, seed=2), _normal(o, r, seed=3), s) for n, i, o, r, s in ((3, 6, 5, 2, 1.), (2, 4, 4, 1, .5), (1, 8, 3, 3, 2.))]
+    cases = [
+        (_normal(n, i), _normal(o, i, seed=1), _normal(r, i, seed=2), _normal(o, r, seed=3), s)
+        for n, i, o, r, s in ((3, 6, 5, 2, 1.0), (2, 4, 4, 1, 0.5), (1, 8, 3, 3, 2.0))
+    ]
     return judge(fn, _lora, cases, LORA, 'With B = 0, as training starts, the layer is the frozen one.')
 
 # %% ../../nbs/check/10_algorithms.ipynb #14f3134e
 def _clear(low, high): return (low > 0) | (high < 0)
 
 CLEAR = [
-    Mistake(lambda low, high: low > 0, 'a figure that clearly fell changed too: both ends below zero'),
-    Mistake(lambda low, high: high < 0, 'a figure that clearly rose changed too: both ends above zero'),
-    Mistake(lambda low, high: (low > 0) & (high < 0), 'no interval lies above and below zero at once: or, not and'),
-    Mistake(lambda low, high: (low <= 0) & (high >= 0), 'these are the others: the figures that did not clearly change'),
-    Mistake(lambda low, high: low + high > 0, 'the middle of an interval may be above zero by chance; look at its ends'),
-    Mistake(lambda low, high: (low + high).abs() > .1, 'no fixed size tells clear from unclear; the interval knows how much the figure scatters'),
-    Mistake(lambda low, high: (low > 0) | (high > 0), 'the upper end above zero says nothing: for a clear fall it must be below'),
+    Mistake(lambda low, high: low > 0, "a figure that clearly fell changed too: both ends below zero"),
+    Mistake(lambda low, high: high < 0, "a figure that clearly rose changed too: both ends above zero"),
+    Mistake(lambda low, high: (low > 0) & (high < 0), "no interval lies above and below zero at once: or, not and"),
+    Mistake(
+        lambda low, high: (low <= 0) & (high >= 0), "these are the others: the figures that did not clearly change"
+    ),
+    Mistake(
+        lambda low, high: low + high > 0, "the middle of an interval may be above zero by chance; look at its ends"
+    ),
+    Mistake(
+        lambda low, high: (low + high).abs() > 0.1,
+        "no fixed size tells clear from unclear; the interval knows how much the figure scatters",
+    ),
+    Mistake(
+        lambda low, high: (low > 0) | (high > 0),
+        "the upper end above zero says nothing: for a clear fall it must be below",
+    ),
 ]
 
 def clear_changes(
     fn, # fn(low (n,), high (n,)), ends of the 95 % intervals -> (n,) bool
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the figures whose 95 % interval does not contain zero."
-    cases = [(torch.tensor([.12, .001, -.02, -.12, -.03]), torch.tensor([.2, .003, .1, -.03, .01])), (torch.tensor([-.1, .005, -.9]), torch.tensor([.7, .02, .1]))]
+    cases = [
+        (torch.tensor([0.12, 0.001, -0.02, -0.12, -0.03]), torch.tensor([0.2, 0.003, 0.1, -0.03, 0.01])),
+        (torch.tensor([-0.1, 0.005, -0.9]), torch.tensor([0.7, 0.02, 0.1])),
+    ]
     return judge(fn, _clear, cases, CLEAR, 'An interval that holds zero says: this run cannot tell.')
 
 # %% ../../nbs/check/10_algorithms.ipynb #9eb33054
 def _guess(z_t, v, alpha_bar_t): return to_x0_eps(v, z_t, alpha_bar_t, 'v_prediction')[0]
 
 GUESS = [
-    Mistake(lambda z, v, a: (z - (1 - a) ** .5 * v) / a ** .5, 'this takes the prediction for noise (epsilon); this network predicts v'),
-    Mistake(lambda z, v, a: a ** .5 * z + (1 - a) ** .5 * v, 'a sign: the part of v is taken away'),
-    Mistake(lambda z, v, a: a * z - (1 - a) * v, 'the square roots are missing: alpha_bar is a share of the variance'),
-    Mistake(lambda z, v, a: (1 - a) ** .5 * z + a ** .5 * v, 'this is the noise that v stands for, not the clip'),
-    Mistake(lambda z, v, a: (1 - a) ** .5 * z - a ** .5 * v, 'the two roots are swapped: near the clean end (alpha_bar = 1) the guess must be z itself'),
+    Mistake(
+        lambda z, v, a: (z - (1 - a) ** 0.5 * v) / a**0.5,
+        "this takes the prediction for noise (epsilon); this network predicts v",
+    ),
+    Mistake(lambda z, v, a: a**0.5 * z + (1 - a) ** 0.5 * v, "a sign: the part of v is taken away"),
+    Mistake(lambda z, v, a: a * z - (1 - a) * v, "the square roots are missing: alpha_bar is a share of the variance"),
+    Mistake(lambda z, v, a: (1 - a) ** 0.5 * z + a**0.5 * v, "this is the noise that v stands for, not the clip"),
+    Mistake(
+        lambda z, v, a: (1 - a) ** 0.5 * z - a**0.5 * v,
+        "the two roots are swapped: near the clean end (alpha_bar = 1) the guess must be z itself",
+    ),
 ]
 
 def guess(
     fn, # fn(z_t, v, alpha_bar_t) -> x0_hat, like z_t
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the clean latents that a v-prediction stands for."
-    return judge(fn, _guess, [(_normal(1, 4, 2, 3, 3), _normal(1, 4, 2, 3, 3, seed=1), a) for a in (.2, .9, .999)], GUESS, 'At the last step z_t itself is nearly clean, and the guess hardly depends on v.')
+    return judge(
+        fn,
+        _guess,
+        [(_normal(1, 4, 2, 3, 3), _normal(1, 4, 2, 3, 3, seed=1), a) for a in (0.2, 0.9, 0.999)],
+        GUESS,
+        "At the last step z_t itself is nearly clean, and the guess hardly depends on v.",
+    )
 
 # %% ../../nbs/check/10_algorithms.ipynb #5155fae8
 RWR_WEIGHTS = [
-    Mistake(lambda r, beta: (beta * r).softmax(0), 'these add up to 1; times n, so that their mean is 1 and the learning rate keeps its meaning'),
-    Mistake(lambda r, beta: (r / beta).softmax(0) * len(r), 'beta is an inverse temperature: multiply, so that beta = 0 treats all clips alike'),
-    Mistake(lambda r, beta: (beta * r).exp(), 'this is not normalised: a reward that is 1 higher for all clips would change the step'),
-    Mistake(lambda r, beta: r.softmax(0) * len(r), 'beta does nothing'),
-    Mistake(lambda r, beta: r, 'these are the rewards themselves: a negative one would teach the network to make its own clip less likely without limit'),
+    Mistake(
+        lambda r, beta: (beta * r).softmax(0),
+        "these add up to 1; times n, so that their mean is 1 and the learning rate keeps its meaning",
+    ),
+    Mistake(
+        lambda r, beta: (r / beta).softmax(0) * len(r),
+        "beta is an inverse temperature: multiply, so that beta = 0 treats all clips alike",
+    ),
+    Mistake(
+        lambda r, beta: (beta * r).exp(),
+        "this is not normalised: a reward that is 1 higher for all clips would change the step",
+    ),
+    Mistake(lambda r, beta: r.softmax(0) * len(r), "beta does nothing"),
+    Mistake(
+        lambda r, beta: r,
+        "these are the rewards themselves: a negative one would teach the network to make its own clip less likely"
+        " without limit",
+    ),
 ]
 
 def rwr_weights(
@@ -136,19 +201,43 @@ def rwr_weights(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: how much each clip counts in reward-weighted regression."
     cases = [(_normal(6), .5), (_normal(4, seed=1), 5.), (torch.tensor([1., 1., 1.]), .2), (_normal(5, seed=2), .1)]
-    return judge(fn, softmax_weights, cases, RWR_WEIGHTS, 'Equal rewards give equal weights: without contrast there is nothing to learn.')
+    return judge(
+        fn,
+        softmax_weights,
+        cases,
+        RWR_WEIGHTS,
+        "Equal rewards give equal weights: without contrast there is nothing to learn.",
+    )
 
 # %% ../../nbs/check/10_algorithms.ipynb #440c3497
 def _ppo(logp, logp_old, advantage, clip): return ddpo_loss(logp, logp_old, advantage, clip, adv_max=1e9)
 def _ratio(a, b): return (a - b).exp()
 
 PPO = [
-    Mistake(lambda p, o, a, e: torch.minimum(-a * _ratio(p, o), -a * _ratio(p, o).clamp(1 - e, 1 + e)).mean(), 'the pessimistic one of the two losses is the larger: max, not min (the paper writes min because it maximises)'),
-    Mistake(lambda p, o, a, e: (-a * _ratio(p, o)).mean(), 'nothing is clipped: one lucky clip could move the policy as far as it likes'),
-    Mistake(lambda p, o, a, e: (-a * _ratio(p, o).clamp(1 - e, 1 + e)).mean(), 'only the clipped part is left: a step that went wrong (A < 0, ratio above 1 + eps) could never be taken back'),
-    Mistake(lambda p, o, a, e: torch.maximum(a * _ratio(p, o), a * _ratio(p, o).clamp(1 - e, 1 + e)).mean(), 'the sign: what turned out better than expected (A > 0) must become more likely'),
-    Mistake(lambda p, o, a, e: torch.maximum(-a * _ratio(o, p), -a * _ratio(o, p).clamp(1 - e, 1 + e)).mean(), 'the ratio is upside down: new over old'),
-    Mistake(lambda p, o, a, e: torch.maximum(-a * (p - o), -a * (p - o).clamp(1 - e, 1 + e)).mean(), 'the ratio of two probabilities is the exponential of the difference of their logarithms'),
+    Mistake(
+        lambda p, o, a, e: torch.minimum(-a * _ratio(p, o), -a * _ratio(p, o).clamp(1 - e, 1 + e)).mean(),
+        "the pessimistic one of the two losses is the larger: max, not min (the paper writes min because it maximises)",
+    ),
+    Mistake(
+        lambda p, o, a, e: (-a * _ratio(p, o)).mean(),
+        "nothing is clipped: one lucky clip could move the policy as far as it likes",
+    ),
+    Mistake(
+        lambda p, o, a, e: (-a * _ratio(p, o).clamp(1 - e, 1 + e)).mean(),
+        "only the clipped part is left: a step that went wrong (A < 0, ratio above 1 + eps) could never be taken back",
+    ),
+    Mistake(
+        lambda p, o, a, e: torch.maximum(a * _ratio(p, o), a * _ratio(p, o).clamp(1 - e, 1 + e)).mean(),
+        "the sign: what turned out better than expected (A > 0) must become more likely",
+    ),
+    Mistake(
+        lambda p, o, a, e: torch.maximum(-a * _ratio(o, p), -a * _ratio(o, p).clamp(1 - e, 1 + e)).mean(),
+        "the ratio is upside down: new over old",
+    ),
+    Mistake(
+        lambda p, o, a, e: torch.maximum(-a * (p - o), -a * (p - o).clamp(1 - e, 1 + e)).mean(),
+        "the ratio of two probabilities is the exponential of the difference of their logarithms",
+    ),
 ]
 
 def ppo_loss(
@@ -156,40 +245,91 @@ def ppo_loss(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the clipped loss of PPO, as DDPO uses it."
     old = _normal(8, seed=1)
-    cases = [(old + .3 * _normal(8), old, _normal(8, seed=2), .2), (old + .01 * _normal(8), old, _normal(8, seed=3), .005), (old, old, _normal(8, seed=4), .1)]
-    return judge(fn, _ppo, cases, PPO, 'While the policy has not moved, this is -A, and its gradient the plain policy gradient.')
+    cases = [
+        (old + 0.3 * _normal(8), old, _normal(8, seed=2), 0.2),
+        (old + 0.01 * _normal(8), old, _normal(8, seed=3), 0.005),
+        (old, old, _normal(8, seed=4), 0.1),
+    ]
+    return judge(
+        fn, _ppo, cases, PPO, "While the policy has not moved, this is -A, and its gradient the plain policy gradient."
+    )
 
 # %% ../../nbs/check/10_algorithms.ipynb #6f2ceb90
 def _pair(scores): return torch.stack([scores.argmax(1), scores.argmin(1)], 1)
 
 PAIRS = [
-    Mistake(lambda s: torch.stack([s.argmin(1), s.argmax(1)], 1), 'winner and loser are swapped: the network would learn to shake'),
-    Mistake(lambda s: s.argsort(1, descending=True)[:, :2], 'these are the two best; the pair is the best and the worst, which differ most'),
-    Mistake(lambda s: torch.stack([s.max(1).values, s.min(1).values], 1), 'these are the scores; their positions are asked for (argmax, argmin)'),
-    Mistake(lambda s: torch.stack([s.argmax(0), s.argmin(0)], 1), 'you compared clips of different captions: a row of the table is one caption'),
-    Mistake(lambda s: torch.stack([s.argmax(1), s.argmin(1)]), 'right numbers, other shape: (b, 2), a row per caption'),
-    Mistake(lambda s: torch.tensor([[0, s.shape[1] - 1]] * len(s)), 'the scores do nothing: these are the first and the last candidate'),
+    Mistake(
+        lambda s: torch.stack([s.argmin(1), s.argmax(1)], 1),
+        "winner and loser are swapped: the network would learn to shake",
+    ),
+    Mistake(
+        lambda s: s.argsort(1, descending=True)[:, :2],
+        "these are the two best; the pair is the best and the worst, which differ most",
+    ),
+    Mistake(
+        lambda s: torch.stack([s.max(1).values, s.min(1).values], 1),
+        "these are the scores; their positions are asked for (argmax, argmin)",
+    ),
+    Mistake(
+        lambda s: torch.stack([s.argmax(0), s.argmin(0)], 1),
+        "you compared clips of different captions: a row of the table is one caption",
+    ),
+    Mistake(lambda s: torch.stack([s.argmax(1), s.argmin(1)]), "right numbers, other shape: (b, 2), a row per caption"),
+    Mistake(
+        lambda s: torch.tensor([[0, s.shape[1] - 1]] * len(s)),
+        "the scores do nothing: these are the first and the last candidate",
+    ),
 ]
 
 def best_and_worst(
     fn, # fn(scores (b, n)) -> (b, 2) long: position of the winner, position of the loser
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the pair of Algorithm 1 of OnlineVPO."
-    return judge(fn, _pair, [(_normal(3, 4),), (_normal(1, 2, seed=1),), (_normal(5, 8, seed=2),)], PAIRS, 'With N = 4 the middle two clips cost as much to draw, and teach nothing.')
+    return judge(
+        fn,
+        _pair,
+        [(_normal(3, 4),), (_normal(1, 2, seed=1),), (_normal(5, 8, seed=2),)],
+        PAIRS,
+        "With N = 4 the middle two clips cost as much to draw, and teach nothing.",
+    )
 
 # %% ../../nbs/check/10_algorithms.ipynb #a247c379
 def _dpo(e_w, e_l, ref_w, ref_l, beta): return diffusion_dpo_loss(e_w, e_l, ref_w, ref_l, beta)[0]
-def _gap(w, l, rw, rl): return (w - rw) - (l - rl)
+def _gap(w, lo, rw, rl): return (w - rw) - (lo - rl)
 
 DPO = [
-    Mistake(lambda w, l, rw, rl, b: -F.logsigmoid(b / 2 * _gap(w, l, rw, rl)).mean(), 'a sign: here e is an error, and the winner\'s error should go down'),
-    Mistake(lambda w, l, rw, rl, b: -F.logsigmoid(-b / 2 * (w - l)).mean(), 'the reference is missing: without it, an easy winner counts as a success of the learner'),
-    Mistake(lambda w, l, rw, rl, b: -F.logsigmoid(-b * _gap(w, l, rw, rl)).mean(), 'beta, where beta / 2 is asked for'),
-    Mistake(lambda w, l, rw, rl, b: torch.sigmoid(-b / 2 * _gap(w, l, rw, rl)).mean(), 'the logarithm is missing (and with it the sign): -log sigmoid'),
-    Mistake(lambda w, l, rw, rl, b: -F.logsigmoid(-b / 2 * _gap(w, l, rw, rl)).sum(), 'this is the sum over the pairs; take the mean'),
-    Mistake(lambda w, l, rw, rl, b: (b / 2 * _gap(w, l, rw, rl)).mean(), 'without -log sigmoid nothing ends: a pair that is long learnt pulls as hard as ever'),
-    Mistake(lambda w, l, rw, rl, b: -F.logsigmoid(-b / 2 * (w - rw)).mean(), 'the loser does nothing: the loss asks for more gain on the winner than on the loser'),
-    Mistake(lambda w, l, rw, rl, b: -F.logsigmoid(-b / 2 * _gap(w, l, rw, rl).mean()), 'first the loss of each pair, then the mean: -log sigmoid is bent'),
+    Mistake(
+        lambda w, lo, rw, rl, b: -F.logsigmoid(b / 2 * _gap(w, lo, rw, rl)).mean(),
+        "a sign: here e is an error, and the winner's error should go down",
+    ),
+    Mistake(
+        lambda w, lo, rw, rl, b: -F.logsigmoid(-b / 2 * (w - lo)).mean(),
+        "the reference is missing: without it, an easy winner counts as a success of the learner",
+    ),
+    Mistake(
+        lambda w, lo, rw, rl, b: -F.logsigmoid(-b * _gap(w, lo, rw, rl)).mean(),
+        "beta, where beta / 2 is asked for",
+    ),
+    Mistake(
+        lambda w, lo, rw, rl, b: torch.sigmoid(-b / 2 * _gap(w, lo, rw, rl)).mean(),
+        "the logarithm is missing (and with it the sign): -log sigmoid",
+    ),
+    Mistake(
+        lambda w, lo, rw, rl, b: -F.logsigmoid(-b / 2 * _gap(w, lo, rw, rl)).sum(),
+        "this is the sum over the pairs; take the mean",
+    ),
+    Mistake(
+        lambda w, lo, rw, rl, b: (b / 2 * _gap(w, lo, rw, rl)).mean(),
+        "without -log sigmoid nothing ends: a pair that is long learnt pulls as hard as ever",
+    ),
+    Mistake(
+        lambda w, lo, rw, rl, b: -F.logsigmoid(-b / 2 * (w - rw)).mean(),
+        "the loser does nothing: the loss asks for more gain on the winner than on the loser",
+    ),
+    Mistake(
+        lambda w, lo, rw, rl, b: -F.logsigmoid(-b / 2 * _gap(w, lo, rw, rl).mean()),
+        "first the loss of each pair, then the mean: -log sigmoid is bent",
+    ),
 ]
 
 def dpo_loss(
@@ -206,26 +346,48 @@ def _drawing(n_candidates, n_ddim, branches):
     return drawn / (drawn + 6)
 
 DRAWING = [
-    Mistake(lambda n, d, c: n * d * c, 'this is the number of evaluations for drawing; the share is asked for, between 0 and 1'),
-    Mistake(lambda n, d, c: n * d / (n * d + 6), 'guidance asks the network twice per step: times c'),
-    Mistake(lambda n, d, c: d * c / (d * c + 6), 'all N candidates are drawn, and only one pair is learnt from: N D c against 6'),
-    Mistake(lambda n, d, c: 6 / (n * d * c + 6), 'this is the share of the learning'),
-    Mistake(lambda n, d, c: n * d * c / (n * d * c + 4), 'the reference looks at both clips too: 4 + 2 evaluations'),
+    Mistake(
+        lambda n, d, c: n * d * c,
+        "this is the number of evaluations for drawing; the share is asked for, between 0 and 1",
+    ),
+    Mistake(lambda n, d, c: n * d / (n * d + 6), "guidance asks the network twice per step: times c"),
+    Mistake(
+        lambda n, d, c: d * c / (d * c + 6),
+        "all N candidates are drawn, and only one pair is learnt from: N D c against 6",
+    ),
+    Mistake(lambda n, d, c: 6 / (n * d * c + 6), "this is the share of the learning"),
+    Mistake(lambda n, d, c: n * d * c / (n * d * c + 4), "the reference looks at both clips too: 4 + 2 evaluations"),
 ]
 
 def drawing_share(
     fn, # fn(n_candidates, n_ddim, branches) -> share in (0, 1)
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the share of OnlineVPO's cost that goes into drawing candidates."
-    return judge(fn, _drawing, [(4, 30, 2), (4, 8, 2), (2, 10, 1), (8, 30, 2)], DRAWING, 'A faster loss saves nothing here; fewer steps per candidate do.')
+    return judge(
+        fn,
+        _drawing,
+        [(4, 30, 2), (4, 8, 2), (2, 10, 1), (8, 30, 2)],
+        DRAWING,
+        "A faster loss saves nothing here; fewer steps per candidate do.",
+    )
 
 # %% ../../nbs/check/10_algorithms.ipynb #7dc95aa3
 BLEND = [
-    Mistake(lambda e, edit, lam: lam * edit + (1 - lam) * e, 'the two are swapped: lam = 1 is the picture as it was, lam = 0 the edit'),
-    Mistake(lambda e, edit, lam: e + lam * edit, 'this adds the edit on top; the shares lam and 1 - lam must add up to 1, or the noise grows'),
-    Mistake(lambda e, edit, lam: (e + edit) / 2, 'lam does nothing'),
-    Mistake(lambda e, edit, lam: lam * (e - edit), 'the edit itself is missing: edit + lam (eps - edit)'),
-    Mistake(lambda e, edit, lam: lam ** .5 * e + (1 - lam) ** .5 * edit, 'Eq. (4) has no roots; these would keep the variance if the two noises had nothing in common, but they are nearly the same'),
+    Mistake(
+        lambda e, edit, lam: lam * edit + (1 - lam) * e,
+        "the two are swapped: lam = 1 is the picture as it was, lam = 0 the edit",
+    ),
+    Mistake(
+        lambda e, edit, lam: e + lam * edit,
+        "this adds the edit on top; the shares lam and 1 - lam must add up to 1, or the noise grows",
+    ),
+    Mistake(lambda e, edit, lam: (e + edit) / 2, "lam does nothing"),
+    Mistake(lambda e, edit, lam: lam * (e - edit), "the edit itself is missing: edit + lam (eps - edit)"),
+    Mistake(
+        lambda e, edit, lam: lam**0.5 * e + (1 - lam) ** 0.5 * edit,
+        "Eq. (4) has no roots; these would keep the variance if the two noises had nothing in common, but they are"
+        " nearly the same",
+    ),
 ]
 
 def blend(
@@ -239,12 +401,24 @@ def blend(
 def _masked(lam, mask): return 1 - mask * (1 - lam)
 
 MASKED = [
-    Mistake(lambda lam, mask: lam * mask, 'outside the mask this is 0: the edit counts everywhere else, fully. Outside it must be 1'),
-    Mistake(lambda lam, mask: mask + (1 - mask) * lam, 'inside and outside are swapped: the edit would count everywhere but in the mask'),
-    Mistake(lambda lam, mask: 1 - mask * lam, 'inside the mask this is 1 - lam; it must be lam'),
-    Mistake(lambda lam, mask: torch.where(mask > .5, lam, 1.), 'the soft edge is cut: where the mask is a half, half of the way from 1 to lam'),
-    Mistake(lambda lam, mask: torch.where(mask > 0, lam, 1.), 'the soft edge is cut: where the mask is a half, half of the way from 1 to lam'),
-    Mistake(lambda lam, mask: torch.full_like(mask, lam), 'the mask does nothing'),
+    Mistake(
+        lambda lam, mask: lam * mask,
+        "outside the mask this is 0: the edit counts everywhere else, fully. Outside it must be 1",
+    ),
+    Mistake(
+        lambda lam, mask: mask + (1 - mask) * lam,
+        "inside and outside are swapped: the edit would count everywhere but in the mask",
+    ),
+    Mistake(lambda lam, mask: 1 - mask * lam, "inside the mask this is 1 - lam; it must be lam"),
+    Mistake(
+        lambda lam, mask: torch.where(mask > 0.5, lam, 1.0),
+        "the soft edge is cut: where the mask is a half, half of the way from 1 to lam",
+    ),
+    Mistake(
+        lambda lam, mask: torch.where(mask > 0, lam, 1.0),
+        "the soft edge is cut: where the mask is a half, half of the way from 1 to lam",
+    ),
+    Mistake(lambda lam, mask: torch.full_like(mask, lam), "the mask does nothing"),
 ]
 
 def masked_lam(
@@ -252,7 +426,13 @@ def masked_lam(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: lambda place by place, so that only the painted region follows the edit."
     mask = torch.tensor([[0., .25, 1.], [.8, 1., 0.]])
-    return judge(fn, _masked, [(.3, mask), (0., mask), (1., mask), (.6, torch.zeros(2, 2))], MASKED, 'With lam = 1 no mask changes anything.')
+    return judge(
+        fn,
+        _masked,
+        [(0.3, mask), (0.0, mask), (1.0, mask), (0.6, torch.zeros(2, 2))],
+        MASKED,
+        "With lam = 1 no mask changes anything.",
+    )
 
 # %% ../../nbs/check/10_algorithms.ipynb #c7d5c921
 def _path(start, end, n_frames):
@@ -260,30 +440,51 @@ def _path(start, end, n_frames):
     return start + torch.linspace(0, 1, n_frames)[:, None] * (end - start)
 
 PATH = [
-    Mistake(lambda a, b, n: _path(a, b, n + 1)[:n], 'the last frame has not arrived: n frames make n - 1 steps, so divide by n - 1'),
-    Mistake(lambda a, b, n: _path(a, b, n + 1)[1:], 'the first frame has moved already; it must be at the start'),
-    Mistake(lambda a, b, n: _path(b, a, n), 'this goes from the end to the start'),
-    Mistake(lambda a, b, n: _path((0., 0.), (b[0] - a[0], b[1] - a[1]), n), 'this is how far the region has moved; add the start to get where it is'),
-    Mistake(lambda a, b, n: _path(a, b, n).T, 'right numbers, other shape: (f, 2), a row per frame'),
-    Mistake(lambda a, b, n: _path(a, (a[0] + b[0], a[1] + b[1]), n), 'the end is a place, not a shift: the difference end - start is what is gone along'),
+    Mistake(
+        lambda a, b, n: _path(a, b, n + 1)[:n],
+        "the last frame has not arrived: n frames make n - 1 steps, so divide by n - 1",
+    ),
+    Mistake(lambda a, b, n: _path(a, b, n + 1)[1:], "the first frame has moved already; it must be at the start"),
+    Mistake(lambda a, b, n: _path(b, a, n), "this goes from the end to the start"),
+    Mistake(
+        lambda a, b, n: _path((0.0, 0.0), (b[0] - a[0], b[1] - a[1]), n),
+        "this is how far the region has moved; add the start to get where it is",
+    ),
+    Mistake(lambda a, b, n: _path(a, b, n).T, "right numbers, other shape: (f, 2), a row per frame"),
+    Mistake(
+        lambda a, b, n: _path(a, (a[0] + b[0], a[1] + b[1]), n),
+        "the end is a place, not a shift: the difference end - start is what is gone along",
+    ),
 ]
 
 def drag_path(
     fn, # fn(start (x, y), end (x, y), n_frames) -> (f, 2)
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: where the dragged point is in each frame."
-    return judge(fn, _path, [((16., 20.), (24., 12.), 16), ((0., 4.), (8., 4.), 5), ((3., 3.), (1., 9.), 2)], PATH, 'Even speed from the first frame on: nothing in life starts like that, and a model may show it.')
+    return judge(
+        fn,
+        _path,
+        [((16.0, 20.0), (24.0, 12.0), 16), ((0.0, 4.0), (8.0, 4.0), 5), ((3.0, 3.0), (1.0, 9.0), 2)],
+        PATH,
+        "Even speed from the first frame on: nothing in life starts like that, and a model may show it.",
+    )
 
 # %% ../../nbs/check/10_algorithms.ipynb #2533349a
 def _offset(eps, frame_noise, share): return eps + share * frame_noise
 
 OFFSET = [
-    Mistake(lambda e, f, s: e, 'nothing was added'),
-    Mistake(lambda e, f, s: e + f, 'the share does nothing'),
-    Mistake(lambda e, f, s: (1 - s) * e + s * f, 'the released code adds; it does not mix'),
-    Mistake(lambda e, f, s: (e + s * f) / (1 + s ** 2) ** .5, 'this brings the variance back to 1; the released code leaves it at 1 + share squared'),
-    Mistake(lambda e, f, s: e + s * f.mean(2, keepdim=True), 'one number for the whole clip; the released code has one for each frame and channel'),
-    Mistake(lambda e, f, s: e + s ** 2 * f, 'the share itself, not its square'),
+    Mistake(lambda e, f, s: e, "nothing was added"),
+    Mistake(lambda e, f, s: e + f, "the share does nothing"),
+    Mistake(lambda e, f, s: (1 - s) * e + s * f, "the released code adds; it does not mix"),
+    Mistake(
+        lambda e, f, s: (e + s * f) / (1 + s**2) ** 0.5,
+        "this brings the variance back to 1; the released code leaves it at 1 + share squared",
+    ),
+    Mistake(
+        lambda e, f, s: e + s * f.mean(2, keepdim=True),
+        "one number for the whole clip; the released code has one for each frame and channel",
+    ),
+    Mistake(lambda e, f, s: e + s**2 * f, "the share itself, not its square"),
 ]
 
 def offset_noise(
@@ -291,26 +492,61 @@ def offset_noise(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the released code's noise, which the paper does not mention."
     cases = [(_normal(2, 3, 4, 5, 5), _normal(2, 3, 4, 1, 1, seed=1), s) for s in (.1, .5)]
-    return judge(fn, _offset, cases, OFFSET, 'The whole frame becomes a little lighter or darker: noise that plain Gaussian noise nearly never contains.')
+    return judge(
+        fn,
+        _offset,
+        cases,
+        OFFSET,
+        "The whole frame becomes a little lighter or darker: noise that plain Gaussian noise nearly never contains.",
+    )
 
 # %% ../../nbs/check/10_algorithms.ipynb #b58a238a
 def _lora_size(layers, rank): return sum(rank * (i + o) for i, o in layers)
 
 LORA_SIZE = [
-    Mistake(lambda layers, r: sum(i * o for i, o in layers), 'these are the frozen weights; the LoRA has r (in + out)'),
-    Mistake(lambda layers, r: sum(r * i * o for i, o in layers), 'A is (r, in) and B is (out, r): their sizes add'),
-    Mistake(lambda layers, r: sum(2 * r * i for i, o in layers), 'right for square layers only: cross-attention reads a caption of another width'),
-    Mistake(lambda layers, r: sum(i + o for i, o in layers), 'the rank does nothing'),
-    Mistake(lambda layers, r: sum(r * r * (i + o) for i, o in layers), 'r counts once in each of the two matrices'),
+    Mistake(lambda layers, r: sum(i * o for i, o in layers), "these are the frozen weights; the LoRA has r (in + out)"),
+    Mistake(lambda layers, r: sum(r * i * o for i, o in layers), "A is (r, in) and B is (out, r): their sizes add"),
+    Mistake(
+        lambda layers, r: sum(2 * r * i for i, o in layers),
+        "right for square layers only: cross-attention reads a caption of another width",
+    ),
+    Mistake(lambda layers, r: sum(i + o for i, o in layers), "the rank does nothing"),
+    Mistake(lambda layers, r: sum(r * r * (i + o) for i, o in layers), "r counts once in each of the two matrices"),
 ]
 
 def lora_size(
     fn, # fn(layers [(in, out), ...], rank) -> int
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the number of trainable numbers of a LoRA."
-    return judge(fn, _lora_size, [([(64, 64), (32, 64)], 8), ([(320, 320), (1024, 320), (1280, 1280)], 4), ([(5, 3)], 1)], LORA_SIZE, 'It grows with in + out where the layer grows with in times out.')
+    return judge(
+        fn,
+        _lora_size,
+        [([(64, 64), (32, 64)], 8), ([(320, 320), (1024, 320), (1280, 1280)], 4), ([(5, 3)], 1)],
+        LORA_SIZE,
+        "It grows with in + out where the layer grows with in times out.",
+    )
 
 # %% ../../nbs/check/10_algorithms.ipynb #5ada32a1
+def _shape_problem(scores, better):
+    "What is wrong with the shape or the values of scores (b, s) for frames (b, s, 3, h, w)."
+    if not torch.is_tensor(scores) or scores.shape != better.shape[:2]:
+        found = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
+        want = tuple(better.shape[:2])
+        return f"it gives {found} for frames {tuple(better.shape)}; expected {want}, one score per frame"
+    if not scores.isfinite().all():
+        return "a score is not finite (nan or inf): look for a division by zero or a logarithm of zero"
+    return ""
+
+def _slope_problem(scores, frames):
+    "What is wrong with the gradient of scores with respect to the frames they belong to."
+    gradient = torch.autograd.grad(scores.sum(), frames, allow_unused=True)[0] if scores.requires_grad else None
+    if gradient is None:
+        return "no gradient reaches the pixels: no_grad, numpy, .item() or a comparison (>) stands between"
+    if not gradient.isfinite().all():
+        return "the gradient is not finite: sqrt has an endless slope at 0, add a small number inside"
+    if gradient.abs().max() == 0: return "the gradient is zero everywhere: rounding, clamping or counting has no slope"
+    return ""
+
 def _own_problem(
     reward, # callable (frames (b, s, 3, h, w), prompts) -> (b, s)
     better, worse, # frames (b, s, 3, h, w) in [0, 1], the same captions
@@ -320,18 +556,14 @@ def _own_problem(
     "The first property that a reward lacks."
     frames = better.clone().requires_grad_()
     scores = reward(frames, prompts)
-    if not torch.is_tensor(scores) or scores.shape != better.shape[:2]:
-        found = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
-        return f'it gives {found} for frames {tuple(better.shape)}; expected {tuple(better.shape[:2])}, one score per frame'
-    if not scores.isfinite().all(): return 'a score is not finite (nan or inf): look for a division by zero or a logarithm of zero'
+    if problem := _shape_problem(scores, better): return problem
     alone = reward(better[:1], prompts[:1])
-    if not torch.allclose(alone, scores[:1].detach(), atol=1e-4): return 'the score of the first clip changes when it is alone in the batch: a mean over the batch hides in it'
-    gradient = torch.autograd.grad(scores.sum(), frames, allow_unused=True)[0] if scores.requires_grad else None
-    if gradient is None: return 'no gradient reaches the pixels: no_grad, numpy, .item() or a comparison (>) stands between'
-    if not gradient.isfinite().all(): return 'the gradient is not finite: sqrt has an endless slope at 0, add a small number inside'
-    if gradient.abs().max() == 0: return 'the gradient is zero everywhere: rounding, clamping or counting has no slope'
+    if not torch.allclose(alone, scores[:1].detach(), atol=1e-4):
+        return "the score of the first clip changes when it is alone in the batch: a mean over the batch hides in it"
+    if problem := _slope_problem(scores, frames): return problem
     right = (scores.detach() > reward(worse, prompts).detach()).float().mean().item()
-    return '' if right >= share else f'it prefers the better clip in {100 * right:.0f} % of the frames; {100 * share:.0f} % are expected'
+    if right >= share: return ""
+    return f"it prefers the better clip in {100 * right:.0f} % of the frames; {100 * share:.0f} % are expected"
 
 def own_reward(
     fn, # your reward: fn(frames (b, s, 3, h, w), prompts) -> (b, s)
@@ -349,5 +581,7 @@ def own_reward(
         return None
     try: problem = problem or _own_problem(fn, better, worse, prompts, share)
     except Exception as error: problem = f'it raises {type(error).__name__}: {error}'
-    print(f'not yet: {problem}' if problem else f'right: one score per frame, a gradient, and the better clip first in at least {100 * share:.0f} % of the frames. What could fool it?')
+    least = f"at least {100 * share:.0f} % of the frames"
+    praise = f"right: one score per frame, a gradient, and the better clip first in {least}. What could fool it?"
+    print(f"not yet: {problem}" if problem else praise)
     return not problem

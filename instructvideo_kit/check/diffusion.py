@@ -13,22 +13,57 @@ import torch
 from .verdict import Mistake, judge
 from ..diffusion.prediction import epsilon_to_x0
 from ..diffusion.sampling import ddim_step, guide
-from ..diffusion.schedule import Schedule, corrupt, ddim_timesteps, n_steps, noise_timestep, scaled_linear
+from instructvideo_kit.diffusion.schedule import (
+    Schedule,
+    corrupt,
+    ddim_timesteps,
+    n_steps,
+    noise_timestep,
+    scaled_linear,
+)
 
 # %% ../../nbs/check/01_diffusion.ipynb #d03fc80a
-def _ladder(first, n_ddim, n_train, offset=1): return [i * (n_train // n_ddim) + offset for i in range(first - 1, -1, -1)]
+def _ladder(first, n_ddim, n_train, offset=1):
+    return [i * (n_train // n_ddim) + offset for i in range(first - 1, -1, -1)]
 
 LADDER = [
-    Mistake(lambda D, T, tau: _ladder(round(tau * D), D, T)[::-1], 'the chain runs upwards; denoising starts at the noisiest timestep and goes down'),
-    Mistake(lambda D, T, tau: _ladder(round(tau * D), D, T, 0), 'every timestep is one too small: d(i) = (i - 1) * (T // D) + 1 ends at 1, not at 0'),
-    Mistake(lambda D, T, tau: [t + T // D for t in _ladder(round(tau * D), D, T)], 'every timestep is one step too high: i counts from 1, and d(1) is 1'),
-    Mistake(lambda D, T, tau: [t + T // D - 1 for t in _ladder(round(tau * D), D, T)], 'd(i) = i * (T // D) ends at T // D; take (i - 1) * (T // D) + 1, which ends at 1'),
-    Mistake(lambda D, T, tau: _ladder(D, D, T), 'tau changes nothing: only the last tau * D steps are taken'),
-    Mistake(lambda D, T, tau: _ladder(D, D, T)[:round(tau * D)], 'these are the first tau * D steps of the chain; an edit takes the last ones, those near the clean clip'),
-    Mistake(lambda D, T, tau: _ladder(round(tau * D), round(tau * D), T), 'the tau * D steps are spread over all of T; they keep the spacing T // D and leave the noisy part out'),
-    Mistake(lambda D, T, tau: _ladder(round(tau * D), round(tau * D), int(tau * T)), 'the steps are spread over tau * T; keep the grid of the full chain, spacing T // D'),
-    Mistake(lambda D, T, tau: [int(i * T / D) + 1 for i in range(round(tau * D) - 1, -1, -1)], 'the spacing is T / D; Eq. (3) rounds it down first: T // D (it matters for D = 30)'),
-    Mistake(lambda D, T, tau: _ladder(int(tau * D), D, T), 'tau * D is cut instead of rounded: 0.29 * 20 = 5.8 means 6 steps'),
+    Mistake(
+        lambda D, T, tau: _ladder(round(tau * D), D, T)[::-1],
+        "the chain runs upwards; denoising starts at the noisiest timestep and goes down",
+    ),
+    Mistake(
+        lambda D, T, tau: _ladder(round(tau * D), D, T, 0),
+        "every timestep is one too small: d(i) = (i - 1) * (T // D) + 1 ends at 1, not at 0",
+    ),
+    Mistake(
+        lambda D, T, tau: [t + T // D for t in _ladder(round(tau * D), D, T)],
+        "every timestep is one step too high: i counts from 1, and d(1) is 1",
+    ),
+    Mistake(
+        lambda D, T, tau: [t + T // D - 1 for t in _ladder(round(tau * D), D, T)],
+        "d(i) = i * (T // D) ends at T // D; take (i - 1) * (T // D) + 1, which ends at 1",
+    ),
+    Mistake(lambda D, T, tau: _ladder(D, D, T), "tau changes nothing: only the last tau * D steps are taken"),
+    Mistake(
+        lambda D, T, tau: _ladder(D, D, T)[: round(tau * D)],
+        "these are the first tau * D steps of the chain; an edit takes the last ones, those near the clean clip",
+    ),
+    Mistake(
+        lambda D, T, tau: _ladder(round(tau * D), round(tau * D), T),
+        "the tau * D steps are spread over all of T; they keep the spacing T // D and leave the noisy part out",
+    ),
+    Mistake(
+        lambda D, T, tau: _ladder(round(tau * D), round(tau * D), int(tau * T)),
+        "the steps are spread over tau * T; keep the grid of the full chain, spacing T // D",
+    ),
+    Mistake(
+        lambda D, T, tau: [int(i * T / D) + 1 for i in range(round(tau * D) - 1, -1, -1)],
+        "the spacing is T / D; Eq. (3) rounds it down first: T // D (it matters for D = 30)",
+    ),
+    Mistake(
+        lambda D, T, tau: _ladder(int(tau * D), D, T),
+        "tau * D is cut instead of rounded: 0.29 * 20 = 5.8 means 6 steps",
+    ),
 ]
 
 def ddim_ladder(
@@ -40,12 +75,24 @@ def ddim_ladder(
 
 # %% ../../nbs/check/01_diffusion.ipynb #913c2e0f
 CFG = [
-    Mistake(lambda c, u, w: c + w * (u - c), 'the two branches are swapped: w = 1 must give the prediction with the prompt'),
-    Mistake(lambda c, u, w: c + w * (c - u), 'you start from the prediction with the prompt; start from the one without, so that w = 1 is no guidance at all (another convention, one off)'),
-    Mistake(lambda c, u, w: w * (c - u), 'the direction is right, its starting point is missing: add the prediction without the prompt'),
-    Mistake(lambda c, u, w: u + w * c, 'add w times the difference of the two predictions, not w times the one with the prompt'),
-    Mistake(lambda c, u, w: w * c + (w - 1) * u, 'a sign: w c + (1 - w) u, the weights add up to 1'),
-    Mistake(lambda c, u, w: c, 'w changes nothing'),
+    Mistake(
+        lambda c, u, w: c + w * (u - c), "the two branches are swapped: w = 1 must give the prediction with the prompt"
+    ),
+    Mistake(
+        lambda c, u, w: c + w * (c - u),
+        "you start from the prediction with the prompt; start from the one without, so that w = 1 is no guidance at all"
+        " (another convention, one off)",
+    ),
+    Mistake(
+        lambda c, u, w: w * (c - u),
+        "the direction is right, its starting point is missing: add the prediction without the prompt",
+    ),
+    Mistake(
+        lambda c, u, w: u + w * c,
+        "add w times the difference of the two predictions, not w times the one with the prompt",
+    ),
+    Mistake(lambda c, u, w: w * c + (w - 1) * u, "a sign: w c + (1 - w) u, the weights add up to 1"),
+    Mistake(lambda c, u, w: c, "w changes nothing"),
 ]
 
 def cfg(
@@ -54,40 +101,84 @@ def cfg(
     "Exercise: classifier-free guidance of two predictions."
     g = torch.Generator().manual_seed(0)
     cond, uncond = torch.randn(2, 1, 4, 2, 3, 3, generator=g)
-    cases = [(cond, uncond, 4.), (cond, uncond, 1.), (cond, uncond, 0.), (torch.tensor([1., 0.]), torch.tensor([0., 1.]), 9.)]
+    cases = [
+        (cond, uncond, 4.0),
+        (cond, uncond, 1.0),
+        (cond, uncond, 0.0),
+        (torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 9.0),
+    ]
     return judge(fn, guide, cases, CFG, 'For w > 1 the result lies beyond both predictions.')
 
 # %% ../../nbs/check/01_diffusion.ipynb #fdcf72c8
 def _kept(betas): return torch.cumprod(1 - betas, 0)
 
 ALPHA_BAR = [
-    Mistake(lambda b: torch.cumprod(b, 0), 'you multiplied the betas; a step keeps the share 1 - beta, and those are multiplied'),
-    Mistake(lambda b: 1 - torch.cumsum(b, 0), 'you added the betas up; a step takes its share of what is left, so the shares 1 - beta are multiplied'),
-    Mistake(lambda b: (1 - b).prod(), 'this is one number, the product over all steps; keep the running product, one number per step (torch.cumprod)'),
-    Mistake(lambda b: 1 - b, 'this is alpha_t, what each single step keeps; alpha_bar_t is what all steps up to t keep together'),
-    Mistake(lambda b: _kept(b).sqrt(), 'this is the amplitude; alpha_bar is the share of variance, without the square root'),
-    Mistake(lambda b: 1 - _kept(b), 'this is the share of the noise; alpha_bar is that of the clip'),
-    Mistake(lambda b: torch.cat([torch.ones(1), _kept(b)[:-1]]), 'step t itself is missing: alpha_bar_t includes the beta of step t'),
-    Mistake(lambda b: torch.exp(-torch.cumsum(b, 0)), 'nearly: exp(-sum of betas) is what the product comes to when all betas are tiny; multiply the shares 1 - beta'),
+    Mistake(
+        lambda b: torch.cumprod(b, 0),
+        "you multiplied the betas; a step keeps the share 1 - beta, and those are multiplied",
+    ),
+    Mistake(
+        lambda b: 1 - torch.cumsum(b, 0),
+        "you added the betas up; a step takes its share of what is left, so the shares 1 - beta are multiplied",
+    ),
+    Mistake(
+        lambda b: (1 - b).prod(),
+        "this is one number, the product over all steps; keep the running product, one number per step (torch.cumprod)",
+    ),
+    Mistake(
+        lambda b: 1 - b,
+        "this is alpha_t, what each single step keeps; alpha_bar_t is what all steps up to t keep together",
+    ),
+    Mistake(
+        lambda b: _kept(b).sqrt(), "this is the amplitude; alpha_bar is the share of variance, without the square root"
+    ),
+    Mistake(lambda b: 1 - _kept(b), "this is the share of the noise; alpha_bar is that of the clip"),
+    Mistake(
+        lambda b: torch.cat([torch.ones(1), _kept(b)[:-1]]),
+        "step t itself is missing: alpha_bar_t includes the beta of step t",
+    ),
+    Mistake(
+        lambda b: torch.exp(-torch.cumsum(b, 0)),
+        "nearly: exp(-sum of betas) is what the product comes to when all betas are tiny; multiply the shares 1 - beta",
+    ),
 ]
 
 def alpha_bar(
     fn, # fn(betas (t,)) -> (t,)
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the share of variance that survives the first t steps, section 3.1 of InstructVideo."
-    cases = [(torch.tensor([0.1, 0.2, 0.3]),), (torch.tensor([0.5]),), (torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2,)]
+    cases = [
+        (torch.tensor([0.1, 0.2, 0.3]),),
+        (torch.tensor([0.5]),),
+        (torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2,),
+    ]
     return judge(fn, _kept, cases, ALPHA_BAR, 'After 1000 steps less than half a per cent of the variance is left.')
 
 # %% ../../nbs/check/01_diffusion.ipynb #5431fcb6
 CORRUPT = [
-    Mistake(lambda z, e, a: a * z + (1 - a) * e, 'these are shares of variance used as amplitudes: take the square root of both'),
-    Mistake(lambda z, e, a: (1 - a) ** 0.5 * z + a ** 0.5 * e, 'clip and noise are swapped: alpha_bar_t = 1 must give the clip'),
-    Mistake(lambda z, e, a: a ** 0.5 * z + (1 - a ** 0.5) * e, 'the two amplitudes add up to 1; their squares should: sqrt(1 - alpha_bar_t), not 1 - sqrt(alpha_bar_t)'),
-    Mistake(lambda z, e, a: a ** 0.5 * z + (1 - a) * e, 'the noise has lost its square root'),
-    Mistake(lambda z, e, a: a * z + (1 - a) ** 0.5 * e, 'the clip has lost its square root'),
-    Mistake(lambda z, e, a: a ** 0.5 * z + e, 'the noise is at full strength whatever alpha_bar_t is: the variance grows beyond 1'),
-    Mistake(lambda z, e, a: z + (1 - a) ** 0.5 * e, 'the clip does not shrink: the variance grows beyond 1'),
-    Mistake(lambda z, e, a: a ** 0.5 * z - (1 - a) ** 0.5 * e, 'the noise is subtracted; adding it is just as random, and it is what the network was told'),
+    Mistake(
+        lambda z, e, a: a * z + (1 - a) * e,
+        "these are shares of variance used as amplitudes: take the square root of both",
+    ),
+    Mistake(
+        lambda z, e, a: (1 - a) ** 0.5 * z + a**0.5 * e,
+        "clip and noise are swapped: alpha_bar_t = 1 must give the clip",
+    ),
+    Mistake(
+        lambda z, e, a: a**0.5 * z + (1 - a**0.5) * e,
+        "the two amplitudes add up to 1; their squares should: sqrt(1 - alpha_bar_t), not 1 - sqrt(alpha_bar_t)",
+    ),
+    Mistake(lambda z, e, a: a**0.5 * z + (1 - a) * e, "the noise has lost its square root"),
+    Mistake(lambda z, e, a: a * z + (1 - a) ** 0.5 * e, "the clip has lost its square root"),
+    Mistake(
+        lambda z, e, a: a**0.5 * z + e,
+        "the noise is at full strength whatever alpha_bar_t is: the variance grows beyond 1",
+    ),
+    Mistake(lambda z, e, a: z + (1 - a) ** 0.5 * e, "the clip does not shrink: the variance grows beyond 1"),
+    Mistake(
+        lambda z, e, a: a**0.5 * z - (1 - a) ** 0.5 * e,
+        "the noise is subtracted; adding it is just as random, and it is what the network was told",
+    ),
 ]
 
 def corruption(
@@ -102,15 +193,34 @@ def corruption(
 def _rung(i, D, T): return (i - 1) * (T // D) + 1
 
 NOISE_TIMESTEP = [
-    Mistake(lambda tau, D, T: round(tau * T), 'this is tau * T; the chain starts on one of its own timesteps, d(tau * D)'),
-    Mistake(lambda tau, D, T: int(tau * T), 'this is tau * T; the chain starts on one of its own timesteps, d(tau * D)'),
-    Mistake(lambda tau, D, T: round(tau * D), 'this is the number of DDIM steps; d turns it into a training step'),
-    Mistake(lambda tau, D, T: _rung(int(tau * D), D, T), 'tau * D is cut instead of rounded: 0.58 * 50 is a hair below 29 in binary, and means 29'),
-    Mistake(lambda tau, D, T: _rung(round(tau * D) + 1, D, T), 'one rung too high: d(i) = (i - 1) * (T // D) + 1, i counts from 1'),
-    Mistake(lambda tau, D, T: round(tau * D) * (T // D), 'd(i) = (i - 1) * (T // D) + 1: subtract 1 from i first, add 1 at the end, so that d(1) = 1'),
-    Mistake(lambda tau, D, T: _rung(round(tau * D), D, T) - 1, 'the + 1 of Eq. (3) is missing: d(1) is 1, not 0'),
-    Mistake(lambda tau, D, T: _rung(D - round(tau * D) + 1, D, T), 'counted from the noisy end; a small tau means little noise, so a small timestep'),
-    Mistake(lambda tau, D, T: int((round(tau * D) - 1) * T / D) + 1, 'the spacing is T / D; round it down first: T // D (it matters for D = 30)'),
+    Mistake(
+        lambda tau, D, T: round(tau * T), "this is tau * T; the chain starts on one of its own timesteps, d(tau * D)"
+    ),
+    Mistake(
+        lambda tau, D, T: int(tau * T), "this is tau * T; the chain starts on one of its own timesteps, d(tau * D)"
+    ),
+    Mistake(lambda tau, D, T: round(tau * D), "this is the number of DDIM steps; d turns it into a training step"),
+    Mistake(
+        lambda tau, D, T: _rung(int(tau * D), D, T),
+        "tau * D is cut instead of rounded: 0.58 * 50 is a hair below 29 in binary, and means 29",
+    ),
+    Mistake(
+        lambda tau, D, T: _rung(round(tau * D) + 1, D, T),
+        "one rung too high: d(i) = (i - 1) * (T // D) + 1, i counts from 1",
+    ),
+    Mistake(
+        lambda tau, D, T: round(tau * D) * (T // D),
+        "d(i) = (i - 1) * (T // D) + 1: subtract 1 from i first, add 1 at the end, so that d(1) = 1",
+    ),
+    Mistake(lambda tau, D, T: _rung(round(tau * D), D, T) - 1, "the + 1 of Eq. (3) is missing: d(1) is 1, not 0"),
+    Mistake(
+        lambda tau, D, T: _rung(D - round(tau * D) + 1, D, T),
+        "counted from the noisy end; a small tau means little noise, so a small timestep",
+    ),
+    Mistake(
+        lambda tau, D, T: int((round(tau * D) - 1) * T / D) + 1,
+        "the spacing is T / D; round it down first: T // D (it matters for D = 30)",
+    ),
 ]
 
 def noise_level(
@@ -118,18 +228,33 @@ def noise_level(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the training step that a noise level stands for, Eq. (4) of InstructVideo."
     cases = [(0.6, 20, 1000), (1.0, 20, 1000), (0.58, 50, 1000), (0.5, 30, 1000), (0.25, 4, 100), (0.05, 20, 1000)]
-    return judge(fn, noise_timestep, cases, NOISE_TIMESTEP, 'At tau = 1 the chain starts from 951, not from 999: a little of the clip is left even there.')
+    return judge(
+        fn,
+        noise_timestep,
+        cases,
+        NOISE_TIMESTEP,
+        "At tau = 1 the chain starts from 951, not from 999: a little of the clip is left even there.",
+    )
 
 # %% ../../nbs/check/01_diffusion.ipynb #91fd45d5
 CLEAN_CLIP = [
-    Mistake(lambda e, z, a: z - (1 - a) ** 0.5 * e, 'the noise is gone, the clip is still shrunk: divide by sqrt(alpha_bar_t)'),
-    Mistake(lambda e, z, a: (z - (1 - a) * e) / a, 'these are shares of variance used as amplitudes: take the square root of both'),
-    Mistake(lambda e, z, a: (z - (1 - a) ** 0.5 * e) / a, 'divide by sqrt(alpha_bar_t), the amplitude of the clip'),
-    Mistake(lambda e, z, a: (z - e) / a ** 0.5, 'take away as much noise as was added: sqrt(1 - alpha_bar_t) times eps'),
-    Mistake(lambda e, z, a: (z + (1 - a) ** 0.5 * e) / a ** 0.5, 'a sign: the noise was added, so take it away'),
-    Mistake(lambda e, z, a: z / a ** 0.5, 'this only undoes the shrinking; the noise is still inside, even larger'),
-    Mistake(lambda e, z, a: a ** 0.5 * (z - (1 - a) ** 0.5 * e), 'the clip was multiplied by sqrt(alpha_bar_t), so divide by it'),
-    Mistake(lambda e, z, a: z - e, 'both amplitudes are missing'),
+    Mistake(
+        lambda e, z, a: z - (1 - a) ** 0.5 * e,
+        "the noise is gone, the clip is still shrunk: divide by sqrt(alpha_bar_t)",
+    ),
+    Mistake(
+        lambda e, z, a: (z - (1 - a) * e) / a,
+        "these are shares of variance used as amplitudes: take the square root of both",
+    ),
+    Mistake(lambda e, z, a: (z - (1 - a) ** 0.5 * e) / a, "divide by sqrt(alpha_bar_t), the amplitude of the clip"),
+    Mistake(lambda e, z, a: (z - e) / a**0.5, "take away as much noise as was added: sqrt(1 - alpha_bar_t) times eps"),
+    Mistake(lambda e, z, a: (z + (1 - a) ** 0.5 * e) / a**0.5, "a sign: the noise was added, so take it away"),
+    Mistake(lambda e, z, a: z / a**0.5, "this only undoes the shrinking; the noise is still inside, even larger"),
+    Mistake(
+        lambda e, z, a: a**0.5 * (z - (1 - a) ** 0.5 * e),
+        "the clip was multiplied by sqrt(alpha_bar_t), so divide by it",
+    ),
+    Mistake(lambda e, z, a: z - e, "both amplitudes are missing"),
 ]
 
 def clean_clip(
@@ -138,7 +263,13 @@ def clean_clip(
     "Exercise: the clean clip that a noise prediction stands for, Eq. (5) of InstructVideo solved for z."
     eps, z_t = torch.randn(2, 1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     cases = [(eps, z_t, a) for a in (0.3, 0.9, 1.0)] + [(torch.tensor([1.0]), torch.tensor([5.0]), 0.36)]
-    return judge(fn, epsilon_to_x0, cases, CLEAN_CLIP, 'Mind the division: near pure noise it blows every error of the network up.')
+    return judge(
+        fn,
+        epsilon_to_x0,
+        cases,
+        CLEAN_CLIP,
+        "Mind the division: near pure noise it blows every error of the network up.",
+    )
 
 # %% ../../nbs/check/01_diffusion.ipynb #e08f6589
 def _step(z_t, v, a, a_prev, x0=None, eps=None):
@@ -148,15 +279,43 @@ def _step(z_t, v, a, a_prev, x0=None, eps=None):
     return a_prev ** 0.5 * x0 + (1 - a_prev) ** 0.5 * eps
 
 DDIM_STEP = [
-    Mistake(lambda z, v, a, p: _step(z, v, a, a), 'this is z_t again: read clip and noise off at the level alpha_bar_t, then mix them at the next, alpha_bar_prev (one level for both changes nothing)'),
-    Mistake(lambda z, v, a, p: _step(z, v, a, 1.0), 'this is the clean clip at once; a step goes to the next noise level only, so mix the noise in again'),
-    Mistake(lambda z, v, a, p: _step(z, v, a, 1 - p), 'clip and noise are swapped in the mixture: alpha_bar_prev = 1 must give the clean clip'),
-    Mistake(lambda z, v, a, p: p * _step(z, v, a, 1.0) + (1 - p) * _step(z, v, a, 0.0), 'these are shares of variance used as amplitudes: take the square root of both'),
-    Mistake(lambda z, v, a, p: _step(z, v, a, p, x0=(z - (1 - a) ** 0.5 * v) / a ** 0.5, eps=v), 'you read v as if it were the noise; x0 = sqrt(a) z_t - sqrt(1 - a) v'),
-    Mistake(lambda z, v, a, p: _step(z, v, a, p, x0=v), 'you read v as if it were the clean clip; x0 = sqrt(a) z_t - sqrt(1 - a) v'),
-    Mistake(lambda z, v, a, p: _step(z, v, a, p, x0=a ** 0.5 * z + (1 - a) ** 0.5 * v), 'a sign in x0 = sqrt(a) z_t - sqrt(1 - a) v'),
-    Mistake(lambda z, v, a, p: _step(z, v, a, p, eps=a ** 0.5 * v - (1 - a) ** 0.5 * z), 'a sign in eps = sqrt(a) v + sqrt(1 - a) z_t'),
-    Mistake(lambda z, v, a, p: _step(z, v, a, p, eps=(1 - a) ** 0.5 * v + a ** 0.5 * z), 'the roots in eps are swapped: eps = sqrt(a) v + sqrt(1 - a) z_t'),
+    Mistake(
+        lambda z, v, a, p: _step(z, v, a, a),
+        "this is z_t again: read clip and noise off at the level alpha_bar_t, then mix them at the next, alpha_bar_prev"
+        " (one level for both changes nothing)",
+    ),
+    Mistake(
+        lambda z, v, a, p: _step(z, v, a, 1.0),
+        "this is the clean clip at once; a step goes to the next noise level only, so mix the noise in again",
+    ),
+    Mistake(
+        lambda z, v, a, p: _step(z, v, a, 1 - p),
+        "clip and noise are swapped in the mixture: alpha_bar_prev = 1 must give the clean clip",
+    ),
+    Mistake(
+        lambda z, v, a, p: p * _step(z, v, a, 1.0) + (1 - p) * _step(z, v, a, 0.0),
+        "these are shares of variance used as amplitudes: take the square root of both",
+    ),
+    Mistake(
+        lambda z, v, a, p: _step(z, v, a, p, x0=(z - (1 - a) ** 0.5 * v) / a**0.5, eps=v),
+        "you read v as if it were the noise; x0 = sqrt(a) z_t - sqrt(1 - a) v",
+    ),
+    Mistake(
+        lambda z, v, a, p: _step(z, v, a, p, x0=v),
+        "you read v as if it were the clean clip; x0 = sqrt(a) z_t - sqrt(1 - a) v",
+    ),
+    Mistake(
+        lambda z, v, a, p: _step(z, v, a, p, x0=a**0.5 * z + (1 - a) ** 0.5 * v),
+        "a sign in x0 = sqrt(a) z_t - sqrt(1 - a) v",
+    ),
+    Mistake(
+        lambda z, v, a, p: _step(z, v, a, p, eps=a**0.5 * v - (1 - a) ** 0.5 * z),
+        "a sign in eps = sqrt(a) v + sqrt(1 - a) z_t",
+    ),
+    Mistake(
+        lambda z, v, a, p: _step(z, v, a, p, eps=(1 - a) ** 0.5 * v + a**0.5 * z),
+        "the roots in eps are swapped: eps = sqrt(a) v + sqrt(1 - a) z_t",
+    ),
 ]
 
 def one_step(
@@ -164,9 +323,16 @@ def one_step(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: one deterministic DDIM step for a v-prediction."
     z_t, v = torch.randn(2, 1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
-    def reference(z_t, v, a, a_prev): return ddim_step(z_t, v, 0, -1, Schedule(torch.tensor([a], dtype=torch.float64), 'v_prediction', a_prev))
+    def reference(z_t, v, a, a_prev):
+        return ddim_step(z_t, v, 0, -1, Schedule(torch.tensor([a], dtype=torch.float64), "v_prediction", a_prev))
     cases = [(z_t, v, 0.2, 0.5), (z_t, v, 0.6, 0.9), (z_t, v, 0.9, 1.0), (z_t, v, 0.4, 0.4)]
-    return judge(fn, reference, cases, DDIM_STEP, 'No randomness: the same start gives the same clip, which is why two models can be compared on it.')
+    return judge(
+        fn,
+        reference,
+        cases,
+        DDIM_STEP,
+        "No randomness: the same start gives the same clip, which is why two models can be compared on it.",
+    )
 
 # %% ../../nbs/check/01_diffusion.ipynb #d4d9abfe
 def _edit(z, eps, step, timesteps, alpha_bar, start=0, stops=None, last=-1):
@@ -182,37 +348,75 @@ def _walked(z, step, timesteps):
     return z
 
 EDIT_CHAIN = [
-    Mistake(lambda z, e, f, ts, a: _walked(e, f, ts), 'you start from pure noise: that is drawing, not editing; start from the corrupted clip'),
-    Mistake(lambda z, e, f, ts, a: _walked(z, f, ts), 'you start from the clean clip, but the first step expects the noise of timesteps[0]: corrupt it first'),
-    Mistake(lambda z, e, f, ts, a: _edit(z, e, f, ts, a, start=-1), 'corrupted to the last timestep; the chain starts at timesteps[0]'),
-    Mistake(lambda z, e, f, ts, a: _edit(z, e, f, ts, a, stops=ts[::-1]), 'the chain runs upwards; go through timesteps as they come, from noise to clip'),
-    Mistake(lambda z, e, f, ts, a: _edit(z, e, f, ts, a, stops=ts[:-1], last=ts[-1]), 'the last step is missing: from timesteps[-1] to -1, the end of the chain'),
-    Mistake(lambda z, e, f, ts, a: _edit(z, e, f, ts, a, last=0), 'the last step goes to t_prev = 0; the end of the chain is written -1'),
-    Mistake(lambda z, e, f, ts, a: corrupt(z, e, float(a[ts[0]])), 'the clip is corrupted, and nobody edits it back: call step for every timestep'),
-    Mistake(lambda z, e, f, ts, a: f(corrupt(z, e, float(a[ts[0]])), ts[0], -1), 'one step for the whole way; go through all timesteps'),
-    Mistake(lambda z, e, f, ts, a: _walked(a[ts[0]] * z + (1 - a[ts[0]]) * e, f, ts), 'the corruption uses shares of variance as amplitudes: take the square roots (tutorial 2)'),
+    Mistake(
+        lambda z, e, f, ts, a: _walked(e, f, ts),
+        "you start from pure noise: that is drawing, not editing; start from the corrupted clip",
+    ),
+    Mistake(
+        lambda z, e, f, ts, a: _walked(z, f, ts),
+        "you start from the clean clip, but the first step expects the noise of timesteps[0]: corrupt it first",
+    ),
+    Mistake(
+        lambda z, e, f, ts, a: _edit(z, e, f, ts, a, start=-1),
+        "corrupted to the last timestep; the chain starts at timesteps[0]",
+    ),
+    Mistake(
+        lambda z, e, f, ts, a: _edit(z, e, f, ts, a, stops=ts[::-1]),
+        "the chain runs upwards; go through timesteps as they come, from noise to clip",
+    ),
+    Mistake(
+        lambda z, e, f, ts, a: _edit(z, e, f, ts, a, stops=ts[:-1], last=ts[-1]),
+        "the last step is missing: from timesteps[-1] to -1, the end of the chain",
+    ),
+    Mistake(
+        lambda z, e, f, ts, a: _edit(z, e, f, ts, a, last=0),
+        "the last step goes to t_prev = 0; the end of the chain is written -1",
+    ),
+    Mistake(
+        lambda z, e, f, ts, a: corrupt(z, e, float(a[ts[0]])),
+        "the clip is corrupted, and nobody edits it back: call step for every timestep",
+    ),
+    Mistake(
+        lambda z, e, f, ts, a: f(corrupt(z, e, float(a[ts[0]])), ts[0], -1),
+        "one step for the whole way; go through all timesteps",
+    ),
+    Mistake(
+        lambda z, e, f, ts, a: _walked(a[ts[0]] * z + (1 - a[ts[0]]) * e, f, ts),
+        "the corruption uses shares of variance as amplitudes: take the square roots (tutorial 2)",
+    ),
 ]
 
 def edit_chain(
     fn, # fn(z, eps, step, timesteps, alpha_bar) -> z_0; step(z, t, t_prev) -> z at t_prev
 )->bool: # True right, False wrong, None not answered yet
-    "Exercise: reward fine-tuning as editing without the reward: corrupt, then walk the partial chain, Eq. (3)-(5) of InstructVideo."
+    "Exercise: reward fine-tuning as editing, without the reward: corrupt and walk back; Eq. (3)-(5) of InstructVideo."
     z, eps = torch.randn(2, 1, 2, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     def step(z, t, t_prev): return 0.8 * z + torch.sin(z) * (t - t_prev) / 1000 + t / 2000 - t_prev / 5000
     cases = [(z, eps, step, ddim_timesteps(20, tau=tau).tolist(), scaled_linear()) for tau in (0.6, 0.2, 0.1)]
-    return judge(fn, _edit, cases, EDIT_CHAIN, 'With tau = 1 this is drawing from noise, all but a few per cent of the clip.')
+    return judge(
+        fn, _edit, cases, EDIT_CHAIN, "With tau = 1 this is drawing from noise, all but a few per cent of the clip."
+    )
 
 # %% ../../nbs/check/01_diffusion.ipynb #620fc7a3
 def _branches(w): return 1 if w == 1 else 2
 
 EDIT_COST = [
-    Mistake(lambda tau, D, w: n_steps(tau, D), 'guidance asks the network twice per step, with the caption and without'),
-    Mistake(lambda tau, D, w: 2 * n_steps(tau, D), 'with w = 1 the branch without caption drops out: one call per step'),
-    Mistake(lambda tau, D, w: _branches(w) * D, 'tau changes nothing: an edit takes tau * D of the D steps'),
-    Mistake(lambda tau, D, w: _branches(w) * int(tau * D), 'tau * D is cut instead of rounded: 0.58 * 50 means 29 steps'),
-    Mistake(lambda tau, D, w: w * n_steps(tau, D), 'w is a number in a formula, not a number of calls: two per step, or one when w = 1'),
-    Mistake(lambda tau, D, w: n_steps(tau, D) + (w != 1), 'both branches are asked at every step, not once'),
-    Mistake(lambda tau, D, w: _branches(w) * (D - n_steps(tau, D)), 'these are the steps that an edit leaves out'),
+    Mistake(
+        lambda tau, D, w: n_steps(tau, D), "guidance asks the network twice per step, with the caption and without"
+    ),
+    Mistake(
+        lambda tau, D, w: 2 * n_steps(tau, D), "with w = 1 the branch without caption drops out: one call per step"
+    ),
+    Mistake(lambda tau, D, w: _branches(w) * D, "tau changes nothing: an edit takes tau * D of the D steps"),
+    Mistake(
+        lambda tau, D, w: _branches(w) * int(tau * D), "tau * D is cut instead of rounded: 0.58 * 50 means 29 steps"
+    ),
+    Mistake(
+        lambda tau, D, w: w * n_steps(tau, D),
+        "w is a number in a formula, not a number of calls: two per step, or one when w = 1",
+    ),
+    Mistake(lambda tau, D, w: n_steps(tau, D) + (w != 1), "both branches are asked at every step, not once"),
+    Mistake(lambda tau, D, w: _branches(w) * (D - n_steps(tau, D)), "these are the steps that an edit leaves out"),
 ]
 
 def edit_cost(
@@ -220,7 +424,13 @@ def edit_cost(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: UNet calls of an edit, tau D steps with one or two branches."
     cases = [(0.6, 20, 4.0), (0.6, 20, 1.0), (1.0, 50, 7.5), (0.58, 50, 3.0), (0.05, 20, 9.0)]
-    return judge(fn, lambda tau, D, w: _branches(w) * n_steps(tau, D), cases, EDIT_COST, 'The paper pays 24 calls per clip; drawing in 50 steps costs 100.')
+    return judge(
+        fn,
+        lambda tau, D, w: _branches(w) * n_steps(tau, D),
+        cases,
+        EDIT_COST,
+        "The paper pays 24 calls per clip; drawing in 50 steps costs 100.",
+    )
 
 # %% ../../nbs/check/01_diffusion.ipynb #203f084c
 def _centred(x, dims=1): return (y := x.flatten(1)) - y.mean(1, keepdim=True) if dims else x - x.mean()
@@ -228,14 +438,35 @@ def _cosine(a, b): return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
 def _likeness(a, b): return _cosine(_centred(a), _centred(b))
 
 LIKENESS = [
-    Mistake(lambda a, b: _cosine(a.flatten(1), b.flatten(1)), 'the means are still inside: two clips that are both bright look alike to this; subtract each clip\'s mean first'),
-    Mistake(lambda a, b: _cosine(_centred(a, 0).reshape(1, -1), _centred(b, 0).reshape(1, -1))[0], 'this is one number over all clips; one per clip is expected, shape (b,)'),
-    Mistake(lambda a, b: _cosine(_centred(a, 0).flatten(1), _centred(b, 0).flatten(1)), 'the mean is taken over all clips; take each clip\'s own'),
-    Mistake(lambda a, b: (_centred(a) * _centred(b)).mean(1), 'this is the covariance; divide by the two standard deviations'),
-    Mistake(lambda a, b: _likeness(a, b).mean(), 'averaged over the clips; one number per clip is expected, shape (b,)'),
-    Mistake(lambda a, b: ((a - b) ** 2).flatten(1).mean(1), 'this is a distance: 0 for equal clips; the correlation is 1 for them'),
-    Mistake(lambda a, b: 1 - ((a - b) ** 2).flatten(1).mean(1), '1 minus a distance is no correlation: it never reaches -1, and depends on the contrast of the clips'),
-    Mistake(lambda a, b: _likeness(a, b).abs(), 'a negative clip is the opposite of a copy: keep the sign'),
+    Mistake(
+        lambda a, b: _cosine(a.flatten(1), b.flatten(1)),
+        "the means are still inside: two clips that are both bright look alike to this; subtract each clip's mean"
+        " first",
+    ),
+    Mistake(
+        lambda a, b: _cosine(_centred(a, 0).reshape(1, -1), _centred(b, 0).reshape(1, -1))[0],
+        "this is one number over all clips; one per clip is expected, shape (b,)",
+    ),
+    Mistake(
+        lambda a, b: _cosine(_centred(a, 0).flatten(1), _centred(b, 0).flatten(1)),
+        "the mean is taken over all clips; take each clip's own",
+    ),
+    Mistake(
+        lambda a, b: (_centred(a) * _centred(b)).mean(1),
+        "this is the covariance; divide by the two standard deviations",
+    ),
+    Mistake(
+        lambda a, b: _likeness(a, b).mean(), "averaged over the clips; one number per clip is expected, shape (b,)"
+    ),
+    Mistake(
+        lambda a, b: ((a - b) ** 2).flatten(1).mean(1),
+        "this is a distance: 0 for equal clips; the correlation is 1 for them",
+    ),
+    Mistake(
+        lambda a, b: 1 - ((a - b) ** 2).flatten(1).mean(1),
+        "1 minus a distance is no correlation: it never reaches -1, and depends on the contrast of the clips",
+    ),
+    Mistake(lambda a, b: _likeness(a, b).abs(), "a negative clip is the opposite of a copy: keep the sign"),
 ]
 
 def likeness(

@@ -17,126 +17,343 @@ class Question(NamedTuple):
     said: dict # letter -> why it is right, or what is wrong with it
 
 QUIZZES = {
-    '01': (
-        Question('b', {'a': 'tau also says how many of the D steps are walked back: 20 instead of 12',
-                       'b': '20 steps instead of 12, and of the clip\'s variance next to nothing is left: the model draws, and the clip serves for its caption only',
-                       'c': 'the chain gets longer, not shorter: tau D steps'}),
-        Question('c', {'a': 'a watermark stands in every frame; a judge of frames can learn to see it',
-                       'b': 'dull colours are in every frame; a judge of frames can learn to see them',
-                       'c': 'each frame is fine by itself; what is wrong lies between the frames, as with a fox that walks the wrong way'}),
-        Question('c', {'a': 'that would be lam = 0, where all four count alike',
-                       'b': 'that is frame 4 (and 12): e^-4 against 1',
-                       'c': 'e^-8 against 1 for frame 8: the ends of the clip are hardly looked at'}),
+    "01": (
+        Question(
+            "b",
+            {
+                "a": "tau also says how many of the D steps are walked back: 20 instead of 12",
+                "b": (
+                    "20 steps instead of 12, and of the clip's variance next to nothing is left: the model draws, and"
+                    " the clip serves for its caption only"
+                ),
+                "c": "the chain gets longer, not shorter: tau D steps",
+            },
+        ),
+        Question(
+            "c",
+            {
+                "a": "a watermark stands in every frame; a judge of frames can learn to see it",
+                "b": "dull colours are in every frame; a judge of frames can learn to see them",
+                "c": (
+                    "each frame is fine by itself; what is wrong lies between the frames, as with a fox that walks the"
+                    " wrong way"
+                ),
+            },
+        ),
+        Question(
+            "c",
+            {
+                "a": "that would be lam = 0, where all four count alike",
+                "b": "that is frame 4 (and 12): e^-4 against 1",
+                "c": "e^-8 against 1 for frame 8: the ends of the clip are hardly looked at",
+            },
+        ),
     ),
-    '02': (
-        Question('a', {'a': 'shares of variance are squares of amplitudes: 0.46 squared is 0.21; the other 79 % are noise',
-                       'b': 'that is the amplitude; square it',
-                       'c': 'that is the root of the amplitude; square it instead'}),
-        Question('c', {'a': 'the chain never visits T: d(D) lies below it',
-                       'b': 'this spaces by 1000 / 30 = 33.33; the grid rounds that down first, to 33',
-                       'c': '(30 - 1) * 33 + 1 = 958: where D does not divide T, the grid ends early'}),
-        Question('b', {'a': 'no network is asked at all: corruption is a formula',
-                       'b': 'many small Gaussian noises add up to one Gaussian, so one draw with the right variance will do',
-                       'c': 'the grid of 50 belongs to sampling; training draws any t'}),
+    "02": (
+        Question(
+            "a",
+            {
+                "a": "shares of variance are squares of amplitudes: 0.46 squared is 0.21; the other 79 % are noise",
+                "b": "that is the amplitude; square it",
+                "c": "that is the root of the amplitude; square it instead",
+            },
+        ),
+        Question(
+            "c",
+            {
+                "a": "the chain never visits T: d(D) lies below it",
+                "b": "this spaces by 1000 / 30 = 33.33; the grid rounds that down first, to 33",
+                "c": "(30 - 1) * 33 + 1 = 958: where D does not divide T, the grid ends early",
+            },
+        ),
+        Question(
+            "b",
+            {
+                "a": "no network is asked at all: corruption is a formula",
+                "b": "many small Gaussian noises add up to one Gaussian, so one draw with the right variance will do",
+                "c": "the grid of 50 belongs to sampling; training draws any t",
+            },
+        ),
     ),
-    '03': (
-        Question('b', {'a': 'colours are large-scale: they are still in the corrupted clip, and four late steps believe what they see',
-                       'b': 'little noise, little freedom: the chain only redraws what the noise has hidden, edges and texture',
-                       'c': 'what is large survives a little noise; the creature stays'}),
-        Question('a', {'a': 'tau D steps instead of D, and the coarse structure is there already; the model need not find it',
-                       'b': 'the score of the real clip is never used: only what the model makes of it is judged',
-                       'c': 'the point is to see what the model changes; an edit that changes nothing teaches nothing'}),
-        Question('c', {'a': 'the noise decides the details, the clip what is left to decide; another seed gives another edit',
-                       'b': 'DDIM adds no noise on the way: eta = 0',
-                       'c': 'the only draw is the noise of Eq. 5; clip, caption and noise fix the rest'}),
+    "03": (
+        Question(
+            "b",
+            {
+                "a": (
+                    "colours are large-scale: they are still in the corrupted clip, and four late steps believe what"
+                    " they see"
+                ),
+                "b": (
+                    "little noise, little freedom: the chain only redraws what the noise has hidden, edges and texture"
+                ),
+                "c": "what is large survives a little noise; the creature stays",
+            },
+        ),
+        Question(
+            "a",
+            {
+                "a": "tau D steps instead of D, and the coarse structure is there already; the model need not find it",
+                "b": "the score of the real clip is never used: only what the model makes of it is judged",
+                "c": "the point is to see what the model changes; an edit that changes nothing teaches nothing",
+            },
+        ),
+        Question(
+            "c",
+            {
+                "a": "the noise decides the details, the clip what is left to decide; another seed gives another edit",
+                "b": "DDIM adds no noise on the way: eta = 0",
+                "c": "the only draw is the noise of Eq. 5; clip, caption and noise fix the rest",
+            },
+        ),
     ),
-    '04': (
-        Question('b', {'a': 'perhaps they are, perhaps the model found what the judge does not mind: look at the videos, and ask somebody else',
-                       'b': 'exactly that, and no more; the judge was the teacher, so it cannot be the examiner',
-                       'c': 'the score was measured on captions that were not in the tuning set; hacking generalises very well'}),
-        Question('c', {'a': 'more of the same judge: the interval shrinks around a number that may mean nothing',
-                       'b': 'that may hack more slowly; it does not tell you whether it does',
-                       'c': 'an observer that shares nothing with the judge has no reason to be fooled in the same way'}),
-        Question('a', {'a': 'each frame gets the score it had, and a mean does not ask for the order',
-                       'b': 'each frame is as good as before; only between the frames something is wrong, and nobody looks there',
-                       'c': 'motion is in the order of the frames, which the judge never sees'}),
+    "04": (
+        Question(
+            "b",
+            {
+                "a": (
+                    "perhaps they are, perhaps the model found what the judge does not mind: look at the videos, and"
+                    " ask somebody else"
+                ),
+                "b": "exactly that, and no more; the judge was the teacher, so it cannot be the examiner",
+                "c": (
+                    "the score was measured on captions that were not in the tuning set; hacking generalises very well"
+                ),
+            },
+        ),
+        Question(
+            "c",
+            {
+                "a": "more of the same judge: the interval shrinks around a number that may mean nothing",
+                "b": "that may hack more slowly; it does not tell you whether it does",
+                "c": "an observer that shares nothing with the judge has no reason to be fooled in the same way",
+            },
+        ),
+        Question(
+            "a",
+            {
+                "a": "each frame gets the score it had, and a mean does not ask for the order",
+                "b": (
+                    "each frame is as good as before; only between the frames something is wrong, and nobody looks"
+                    " there"
+                ),
+                "c": "motion is in the order of the frames, which the judge never sees",
+            },
+        ),
     ),
-    '05': (
-        Question('b', {'a': 'both take four frames: the price is the same',
-                       'b': 'stratified sampling: the same mean, less luck, as no draw can fall into the good half only',
-                       'c': 'the judge sees one frame at a time and knows no order'}),
-        Question('b', {'a': 'Eq. (8) divides by S, not by the sum of the weights',
-                       'b': 'the mean weight at lam = 1 is 0.135: without attenuation the same scores give 7 times the reward, and the same gradient 7 times the length',
-                       'c': 'S frames are decoded whatever they count'}),
-        Question('a', {'a': 'both inner segments then get 49 %: half a frame moves a quarter of the gradient',
-                       'b': 'that is with the centre on frame 8, which lies in the third segment',
-                       'c': 'that is without attenuation'}),
+    "05": (
+        Question(
+            "b",
+            {
+                "a": "both take four frames: the price is the same",
+                "b": "stratified sampling: the same mean, less luck, as no draw can fall into the good half only",
+                "c": "the judge sees one frame at a time and knows no order",
+            },
+        ),
+        Question(
+            "b",
+            {
+                "a": "Eq. (8) divides by S, not by the sum of the weights",
+                "b": (
+                    "the mean weight at lam = 1 is 0.135: without attenuation the same scores give 7 times the reward,"
+                    " and the same gradient 7 times the length"
+                ),
+                "c": "S frames are decoded whatever they count",
+            },
+        ),
+        Question(
+            "a",
+            {
+                "a": "both inner segments then get 49 %: half a frame moves a quarter of the gradient",
+                "b": "that is with the centre on frame 8, which lies in the third segment",
+                "c": "that is without attenuation",
+            },
+        ),
     ),
-    '06': (
-        Question('b', {'a': 'the last step in time, not the last layer: the gradient runs through the whole network once',
-                       'b': 'there is one network for all steps: whatever is learnt at the last one changes them all',
-                       'c': 'there are no weights of early steps; the same ones are used at every step'}),
-        Question('b', {'a': 'it is largest there, nearly 1: the latents are almost clean',
-                       'b': 'one training step instead of fifty: 0.7 degrees, and a step answers by the sine of its angle',
-                       'c': 'it sees every pixel; it is the step that can hardly move them'}),
-        Question('c', {'a': 'from 26 calls to 48: less than twice',
-                       'b': 'the same LoRA is tuned whatever K is',
-                       'c': 'each open step keeps the activations of its UNet call until the backward pass: twelve times as many'}),
+    "06": (
+        Question(
+            "b",
+            {
+                "a": "the last step in time, not the last layer: the gradient runs through the whole network once",
+                "b": "there is one network for all steps: whatever is learnt at the last one changes them all",
+                "c": "there are no weights of early steps; the same ones are used at every step",
+            },
+        ),
+        Question(
+            "b",
+            {
+                "a": "it is largest there, nearly 1: the latents are almost clean",
+                "b": "one training step instead of fifty: 0.7 degrees, and a step answers by the sine of its angle",
+                "c": "it sees every pixel; it is the step that can hardly move them",
+            },
+        ),
+        Question(
+            "c",
+            {
+                "a": "from 26 calls to 48: less than twice",
+                "b": "the same LoRA is tuned whatever K is",
+                "c": (
+                    "each open step keeps the activations of its UNet call until the backward pass: twelve times as"
+                    " many"
+                ),
+            },
+        ),
     ),
-    '07': (
-        Question('b', {'a': 'how many steps carry a gradient is K; S says how many frames are decoded and judged',
-                       'b': 'sixteen frames instead of four are decoded and judged; the twelve network steps, most of the cost, stay',
-                       'c': 'the mean is over more frames, and each of them must be decoded and judged, with a gradient'}),
-        Question('a', {'a': 'R is the mean of f r, and f averages 0.135: a gain of 0.1 in every score moves R by about 0.0135',
-                       'b': 'K decides about the gradient; the value of the loss is the same for every K',
-                       'c': 'a small rate makes both curves flat'}),
-        Question('c', {'a': 'a fooled judge is fooled again with another seed: ask for it second',
-                       'b': 'it is the same reward, weighted: nothing in it tells a gentle run from a greedy one',
-                       'c': 'from the same noise before and after, with intervals, and with clips that chance has chosen'}),
+    "07": (
+        Question(
+            "b",
+            {
+                "a": "how many steps carry a gradient is K; S says how many frames are decoded and judged",
+                "b": (
+                    "sixteen frames instead of four are decoded and judged; the twelve network steps, most of the cost,"
+                    " stay"
+                ),
+                "c": "the mean is over more frames, and each of them must be decoded and judged, with a gradient",
+            },
+        ),
+        Question(
+            "a",
+            {
+                "a": "R is the mean of f r, and f averages 0.135: a gain of 0.1 in every score moves R by about 0.0135",
+                "b": "K decides about the gradient; the value of the loss is the same for every K",
+                "c": "a small rate makes both curves flat",
+            },
+        ),
+        Question(
+            "c",
+            {
+                "a": "a fooled judge is fooled again with another seed: ask for it second",
+                "b": "it is the same reward, weighted: nothing in it tells a gentle run from a greedy one",
+                "c": "from the same noise before and after, with intervals, and with clips that chance has chosen",
+            },
+        ),
     ),
-    '08': (
-        Question('a', {'a': 'they give an order, and these two need no more',
-                       'b': 'these two need a number for each clip; "I prefer this one" is none',
-                       'c': 'DRaFT, VADER and ReFL need a slope as InstructVideo does, RWR and DDPO a number'}),
-        Question('c', {'a': 'Adam divides a gradient by its own size',
-                       'b': 'DDPO divides by the deviation of the rewards, so the advantages stay as they were',
-                       'c': 'softmax(beta r) with ten times the reward is ten times the beta; ReFL notices too, as its margin is cut at 2'}),
-        Question('b', {'a': 'all twenty steps are walked forward either way: 42 evaluations against 80',
-                       'b': 'one step instead of twenty keeps its activations; of the evaluations nearly all of the forward half stays',
-                       'c': 'they are walked, but nineteen of them without a graph in memory'}),
+    "08": (
+        Question(
+            "a",
+            {
+                "a": "they give an order, and these two need no more",
+                "b": 'these two need a number for each clip; "I prefer this one" is none',
+                "c": "DRaFT, VADER and ReFL need a slope as InstructVideo does, RWR and DDPO a number",
+            },
+        ),
+        Question(
+            "c",
+            {
+                "a": "Adam divides a gradient by its own size",
+                "b": "DDPO divides by the deviation of the rewards, so the advantages stay as they were",
+                "c": (
+                    "softmax(beta r) with ten times the reward is ten times the beta; ReFL notices too, as its margin"
+                    " is cut at 2"
+                ),
+            },
+        ),
+        Question(
+            "b",
+            {
+                "a": "all twenty steps are walked forward either way: 42 evaluations against 80",
+                "b": (
+                    "one step instead of twenty keeps its activations; of the evaluations nearly all of the forward"
+                    " half stays"
+                ),
+                "c": "they are walked, but nineteen of them without a graph in memory",
+            },
+        ),
     ),
-    '09': (
-        Question('b', {'a': 'for a while; but the surest way to be consistent is not to move, and nobody asked for motion',
-                       'b': 'a frozen clip is perfectly consistent; its dynamic degree falls, which is another mark',
-                       'c': 'that is the fourth mark, and even that one hardly reads the caption'}),
-        Question('c', {'a': 'each model predicts each clip once, whatever the noise',
-                       'b': 'nothing fixes whose error is larger; the loss makes the winner\'s smaller',
-                       'c': 'with different draws the difference of errors would be that of two random timesteps'}),
-        Question('a', {'a': 'it asks for an order only: a rule, a person, or a model too large to sit beside the policy will do',
-                       'b': 'the other way round: OnlineVPO needs contrast between candidates, InstructVideo learns from each clip',
-                       'c': 'that is what InstructVideo does, into the judge\'s blind spots too'}),
+    "09": (
+        Question(
+            "b",
+            {
+                "a": "for a while; but the surest way to be consistent is not to move, and nobody asked for motion",
+                "b": "a frozen clip is perfectly consistent; its dynamic degree falls, which is another mark",
+                "c": "that is the fourth mark, and even that one hardly reads the caption",
+            },
+        ),
+        Question(
+            "c",
+            {
+                "a": "each model predicts each clip once, whatever the noise",
+                "b": "nothing fixes whose error is larger; the loss makes the winner's smaller",
+                "c": "with different draws the difference of errors would be that of two random timesteps",
+            },
+        ),
+        Question(
+            "a",
+            {
+                "a": (
+                    "it asks for an order only: a rule, a person, or a model too large to sit beside the policy will do"
+                ),
+                "b": (
+                    "the other way round: OnlineVPO needs contrast between candidates, InstructVideo learns from each"
+                    " clip"
+                ),
+                "c": "that is what InstructVideo does, into the judge's blind spots too",
+            },
+        ),
     ),
-    '10': (
-        Question('c', {'a': 'the network is asked with the picture as it was, and its answer counts fully; the edit has no other way in',
-                       'b': 'half would be lambda = 0.5',
-                       'c': 'that prediction counts zero, so the kit leaves it out; the clip is the plain one to the last bit'}),
-        Question('a', {'a': 'where both pictures agree nothing changes, where they do not it finds something in between',
-                       'b': 'three or four predictions a step, against two for each of two clips: about the same',
-                       'c': 'they have as many frames and may start from the same noise; what is missing is somebody who mends the mixture'}),
-        Question('b', {'a': 'for one clip a person and ten strokes are quicker',
-                       'b': 'steering costs a person\'s time for each clip, tuning costs once',
-                       'c': 'tuning takes more time than a stroke of paint'}),
+    "10": (
+        Question(
+            "c",
+            {
+                "a": (
+                    "the network is asked with the picture as it was, and its answer counts fully; the edit has no"
+                    " other way in"
+                ),
+                "b": "half would be lambda = 0.5",
+                "c": "that prediction counts zero, so the kit leaves it out; the clip is the plain one to the last bit",
+            },
+        ),
+        Question(
+            "a",
+            {
+                "a": "where both pictures agree nothing changes, where they do not it finds something in between",
+                "b": "three or four predictions a step, against two for each of two clips: about the same",
+                "c": (
+                    "they have as many frames and may start from the same noise; what is missing is somebody who mends"
+                    " the mixture"
+                ),
+            },
+        ),
+        Question(
+            "b",
+            {
+                "a": "for one clip a person and ten strokes are quicker",
+                "b": "steering costs a person's time for each clip, tuning costs once",
+                "c": "tuning takes more time than a stroke of paint",
+            },
+        ),
     ),
-    '11': (
-        Question('b', {'a': 'before the first step nothing is learnt, so the rate has no say yet',
-                       'b': 'the difference is exactly 1, and the gradient is the same',
-                       'c': 'another seed moves the loss a little, not by exactly 1'}),
-        Question('c', {'a': 'the mean is no constant: it hangs on the same weights as the clips do',
-                       'b': 'not more slowly, not at all where all clips gain alike: the rewards of a batch then add up to zero',
-                       'c': 'the rewards of a batch add up to zero whatever the network does, and a clip\'s score depends on its neighbours'}),
-        Question('a', {'a': 'what real clips have is enough; or stop earlier, scale the LoRA down, add the judge to the reward',
-                       'b': 'further in the same direction: the first goes up, the second down',
-                       'c': 'the reward stays the same, and hacking carries over to new captions very well'}),
+    "11": (
+        Question(
+            "b",
+            {
+                "a": "before the first step nothing is learnt, so the rate has no say yet",
+                "b": "the difference is exactly 1, and the gradient is the same",
+                "c": "another seed moves the loss a little, not by exactly 1",
+            },
+        ),
+        Question(
+            "c",
+            {
+                "a": "the mean is no constant: it hangs on the same weights as the clips do",
+                "b": (
+                    "not more slowly, not at all where all clips gain alike: the rewards of a batch then add up to zero"
+                ),
+                "c": (
+                    "the rewards of a batch add up to zero whatever the network does, and a clip's score depends on its"
+                    " neighbours"
+                ),
+            },
+        ),
+        Question(
+            "a",
+            {
+                "a": (
+                    "what real clips have is enough; or stop earlier, scale the LoRA down, add the judge to the reward"
+                ),
+                "b": "further in the same direction: the first goes up, the second down",
+                "c": "the reward stays the same, and hacking carries over to new captions very well",
+            },
+        ),
     ),
 }
 
@@ -152,9 +369,10 @@ def quiz(
     tutorial:str, # its number, such as "03"
     *letters, # "a", "b" or "c" for each question; None: not answered yet
 )->int: # how many are right
-    "Answers to the questions at the end of a tutorial; ValueError for a tutorial without a quiz or another number of letters."
+    "Answers to a tutorial's last questions; ValueError for a tutorial without a quiz or another number of letters."
     if tutorial not in QUIZZES: raise ValueError(f"there is no quiz {tutorial!r}; {near(tutorial, list(QUIZZES))}")
     questions = QUIZZES[tutorial]
-    if len(letters) != len(questions): raise ValueError(f"{len(letters)} answers to {len(questions)} questions; write None for an open one")
+    if len(letters) != len(questions):
+        raise ValueError(f"{len(letters)} answers to {len(questions)} questions; write None for an open one")
     for i, (question, letter) in enumerate(zip(questions, letters), 1): print(f'{i}. {_verdict(question, letter)}')
     return sum(str(letter).strip().lower() == question.right for question, letter in zip(questions, letters))

@@ -28,37 +28,83 @@ def _segments(scores, S): return [scores[:, i * scores.shape[1] // S:(i + 1) * s
 def _strided(scores, S): return scores[:, ::max(1, scores.shape[1] // S)]
 
 SEGMENT_MEAN = [
-    Mistake(lambda r, S: r.mean(1), 'this is the mean over all frames; take one frame per segment'),
-    Mistake(lambda r, S: r[:, :S].mean(1), 'these are the first S frames of the clip; take the first frame of each of S segments'),
-    Mistake(lambda r, S: _strided(r, S).mean(1), 'a stride of F // S takes too many frames when S does not divide F (16 frames, 5 segments: floor(i * 16 / 5) = 0, 3, 6, 9, 12)'),
-    Mistake(lambda r, S: _strided(r, S)[:, :S].mean(1), 'a fixed stride of F // S drifts when S does not divide F: segment i begins at floor(i * F / S)'),
-    Mistake(lambda r, S: _segment_mean(r, S).mean(), 'you averaged over the clips too; one number per clip is expected, shape (b,)'),
-    Mistake(lambda r, S: _segment_mean(r, S) * S, 'this is the sum over segments; divide by S'),
-    Mistake(lambda r, S: torch.stack([part[:, -1] for part in _segments(r, S)], 1).mean(1), 'these are the last frames of the segments; take the first'),
-    Mistake(lambda r, S: torch.stack([part[:, part.shape[1] // 2] for part in _segments(r, S)], 1).mean(1), 'these are the middle frames of the segments; take the first'),
-    Mistake(lambda r, S: torch.stack([part.mean(1) for part in _segments(r, S)], 1).mean(1), 'you averaged each segment; take its first frame only (that is what makes SegVR cheap)'),
+    Mistake(lambda r, S: r.mean(1), "this is the mean over all frames; take one frame per segment"),
+    Mistake(
+        lambda r, S: r[:, :S].mean(1),
+        "these are the first S frames of the clip; take the first frame of each of S segments",
+    ),
+    Mistake(
+        lambda r, S: _strided(r, S).mean(1),
+        "a stride of F // S takes too many frames when S does not divide F (16 frames, 5 segments: floor(i * 16 / 5) ="
+        " 0, 3, 6, 9, 12)",
+    ),
+    Mistake(
+        lambda r, S: _strided(r, S)[:, :S].mean(1),
+        "a fixed stride of F // S drifts when S does not divide F: segment i begins at floor(i * F / S)",
+    ),
+    Mistake(
+        lambda r, S: _segment_mean(r, S).mean(),
+        "you averaged over the clips too; one number per clip is expected, shape (b,)",
+    ),
+    Mistake(lambda r, S: _segment_mean(r, S) * S, "this is the sum over segments; divide by S"),
+    Mistake(
+        lambda r, S: torch.stack([part[:, -1] for part in _segments(r, S)], 1).mean(1),
+        "these are the last frames of the segments; take the first",
+    ),
+    Mistake(
+        lambda r, S: torch.stack([part[:, part.shape[1] // 2] for part in _segments(r, S)], 1).mean(1),
+        "these are the middle frames of the segments; take the first",
+    ),
+    Mistake(
+        lambda r, S: torch.stack([part.mean(1) for part in _segments(r, S)], 1).mean(1),
+        "you averaged each segment; take its first frame only (that is what makes SegVR cheap)",
+    ),
 ]
 
 def segment_mean(
     fn, # fn(scores (b, f), n_segments) -> (b,)
 )->bool: # True right, False wrong, None not answered yet
-    "Exercise: the reward of a clip as evaluated in section 3.2.2 of InstructVideo, first frames of S segments, no weights."
+    "Exercise: reward of a clip as in section 3.2.2 of InstructVideo, from the first frames of S segments, no weights."
     g = torch.Generator().manual_seed(0)
-    cases = [(torch.rand(b, f, generator=g), S) for b, f, S in ((2, 16, 4), (3, 16, 5), (1, 16, 16), (2, 16, 1), (2, 10, 4))]
+    cases = [
+        (torch.rand(b, f, generator=g), S) for b, f, S in ((2, 16, 4), (3, 16, 5), (1, 16, 16), (2, 16, 1), (2, 10, 4))
+    ]
     return judge(fn, _segment_mean, cases, SEGMENT_MEAN, 'S = 1 looks at the first frame only: a judge of one picture.')
 
 # %% ../../nbs/check/02_reward.ipynb #b3344f1f
 def _cosines(frames, texts): return torch.einsum('bsd,bd->bs', F.normalize(frames, dim=-1), F.normalize(texts, dim=-1))
 
 COSINE_SCORE = [
-    Mistake(lambda x, y: torch.einsum('bsd,bd->bs', x, y), 'this is the dot product: a long vector scores high whatever it shows; divide by both lengths'),
-    Mistake(lambda x, y: torch.einsum('bsd,bd->bs', F.normalize(x, dim=-1), y), 'the captions\' vectors keep their length; divide by both lengths'),
-    Mistake(lambda x, y: torch.einsum('bsd,bd->bs', x, F.normalize(y, dim=-1)), 'the frames\' vectors keep their length; divide by both lengths'),
-    Mistake(lambda x, y: torch.einsum('bsd,bd->bs', F.normalize(x, dim=1), F.normalize(y, dim=-1)), 'the frames are normalised over dim 1, their number; the features are the last dimension'),
-    Mistake(lambda x, y: torch.einsum('bsd,cd->bsc', F.normalize(x, dim=-1), F.normalize(y, dim=-1)), 'every frame is compared with every caption; each clip has one caption of its own'),
-    Mistake(lambda x, y: _cosines(x, y).mean(1), 'averaged over the frames: one score per frame is expected, shape (b, s)'),
-    Mistake(lambda x, y: _cosines(x, y).softmax(1), 'a softmax over the frames compares them with each other; the score is the plain cosine'),
-    Mistake(lambda x, y: 1 - _cosines(x, y), 'this is the cosine distance: more is worse; a reward is the other way round'),
+    Mistake(
+        lambda x, y: torch.einsum("bsd,bd->bs", x, y),
+        "this is the dot product: a long vector scores high whatever it shows; divide by both lengths",
+    ),
+    Mistake(
+        lambda x, y: torch.einsum("bsd,bd->bs", F.normalize(x, dim=-1), y),
+        "the captions' vectors keep their length; divide by both lengths",
+    ),
+    Mistake(
+        lambda x, y: torch.einsum("bsd,bd->bs", x, F.normalize(y, dim=-1)),
+        "the frames' vectors keep their length; divide by both lengths",
+    ),
+    Mistake(
+        lambda x, y: torch.einsum("bsd,bd->bs", F.normalize(x, dim=1), F.normalize(y, dim=-1)),
+        "the frames are normalised over dim 1, their number; the features are the last dimension",
+    ),
+    Mistake(
+        lambda x, y: torch.einsum("bsd,cd->bsc", F.normalize(x, dim=-1), F.normalize(y, dim=-1)),
+        "every frame is compared with every caption; each clip has one caption of its own",
+    ),
+    Mistake(
+        lambda x, y: _cosines(x, y).mean(1), "averaged over the frames: one score per frame is expected, shape (b, s)"
+    ),
+    Mistake(
+        lambda x, y: _cosines(x, y).softmax(1),
+        "a softmax over the frames compares them with each other; the score is the plain cosine",
+    ),
+    Mistake(
+        lambda x, y: 1 - _cosines(x, y), "this is the cosine distance: more is worse; a reward is the other way round"
+    ),
 ]
 
 def cosine_score(
@@ -66,24 +112,50 @@ def cosine_score(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the score of a CLIP-like judge such as HPSv2."
     g = torch.Generator().manual_seed(0)
-    cases = [(torch.randn(b, s, d, generator=g) * 2, torch.randn(b, d, generator=g) * 3) for b, s, d in ((2, 4, 8), (1, 4, 5), (3, 1, 6))]
+    cases = [
+        (torch.randn(b, s, d, generator=g) * 2, torch.randn(b, d, generator=g) * 3)
+        for b, s, d in ((2, 4, 8), (1, 4, 5), (3, 1, 6))
+    ]
     return judge(fn, _cosines, cases, COSINE_SCORE, 'HPSv2 shows this number times 100: 0.27 is "27".')
 
 # %% ../../nbs/check/02_reward.ipynb #299a1979
 def _preference_loss(better, worse, scale): return -F.logsigmoid(scale * (better - worse)).mean()
 
 PREFERENCE_LOSS = [
-    Mistake(lambda b, w, s: _preference_loss(w, b, s), 'the two are swapped: the loss must fall when the better one scores higher'),
-    Mistake(lambda b, w, s: torch.sigmoid(s * (b - w)).mean(), 'this is the probability of the right choice; the loss is minus its logarithm'),
-    Mistake(lambda b, w, s: F.logsigmoid(s * (b - w)).mean(), 'a sign: log of a probability is negative, the loss is minus that'),
-    Mistake(lambda b, w, s: -torch.sigmoid(s * (b - w)).mean(), 'the logarithm is missing: a sure mistake must cost much more than a doubtful one'),
-    Mistake(lambda b, w, s: 1 - torch.sigmoid(s * (b - w)).mean(), 'the logarithm is missing: a sure mistake must cost much more than a doubtful one'),
-    Mistake(lambda b, w, s: -F.logsigmoid(s * (b - w)).sum(), 'this is the sum over the pairs; take the mean'),
-    Mistake(lambda b, w, s: -F.logsigmoid(s * (b - w)), 'one number per pair; take the mean over the pairs'),
-    Mistake(lambda b, w, s: -F.logsigmoid(b - w).mean(), 'scale changes nothing: cosines differ by hundredths, without scale every choice is a coin toss'),
-    Mistake(lambda b, w, s: -F.logsigmoid((b - w) / s).mean(), 'divided by scale; multiply'),
-    Mistake(lambda b, w, s: -torch.log(torch.sigmoid(s * (b - w)).mean()), 'the logarithm of the mean is not the mean of the logarithms: log first'),
-    Mistake(lambda b, w, s: F.relu(1 - s * (b - w)).mean(), 'this is the hinge loss; here a softmax over the pair decides'),
+    Mistake(
+        lambda b, w, s: _preference_loss(w, b, s),
+        "the two are swapped: the loss must fall when the better one scores higher",
+    ),
+    Mistake(
+        lambda b, w, s: torch.sigmoid(s * (b - w)).mean(),
+        "this is the probability of the right choice; the loss is minus its logarithm",
+    ),
+    Mistake(
+        lambda b, w, s: F.logsigmoid(s * (b - w)).mean(),
+        "a sign: log of a probability is negative, the loss is minus that",
+    ),
+    Mistake(
+        lambda b, w, s: -torch.sigmoid(s * (b - w)).mean(),
+        "the logarithm is missing: a sure mistake must cost much more than a doubtful one",
+    ),
+    Mistake(
+        lambda b, w, s: 1 - torch.sigmoid(s * (b - w)).mean(),
+        "the logarithm is missing: a sure mistake must cost much more than a doubtful one",
+    ),
+    Mistake(lambda b, w, s: -F.logsigmoid(s * (b - w)).sum(), "this is the sum over the pairs; take the mean"),
+    Mistake(lambda b, w, s: -F.logsigmoid(s * (b - w)), "one number per pair; take the mean over the pairs"),
+    Mistake(
+        lambda b, w, s: -F.logsigmoid(b - w).mean(),
+        "scale changes nothing: cosines differ by hundredths, without scale every choice is a coin toss",
+    ),
+    Mistake(lambda b, w, s: -F.logsigmoid((b - w) / s).mean(), "divided by scale; multiply"),
+    Mistake(
+        lambda b, w, s: -torch.log(torch.sigmoid(s * (b - w)).mean()),
+        "the logarithm of the mean is not the mean of the logarithms: log first",
+    ),
+    Mistake(
+        lambda b, w, s: F.relu(1 - s * (b - w)).mean(), "this is the hinge loss; here a softmax over the pair decides"
+    ),
 ]
 
 def preference_loss(
@@ -91,18 +163,32 @@ def preference_loss(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: cross-entropy of preferring the better of two pictures, HPSv2's training loss without ties."
     g = torch.Generator().manual_seed(0)
-    cases = [(torch.rand(4, generator=g), torch.rand(4, generator=g), scale) for scale in (10., 1., 100.)] + [(torch.tensor([0.3]), torch.tensor([0.3]), 100.)]
+    cases = [(torch.rand(4, generator=g), torch.rand(4, generator=g), scale) for scale in (10.0, 1.0, 100.0)] + [
+        (torch.tensor([0.3]), torch.tensor([0.3]), 100.0)
+    ]
     return judge(fn, _preference_loss, cases, PREFERENCE_LOSS, 'A judge that cannot decide pays ln 2 = 0.69 per pair.')
 
 # %% ../../nbs/check/02_reward.ipynb #cf79599d
 CLIMB = [
-    Mistake(lambda x, d, r: (x - r * d.sign()).clamp(0, 1), 'a sign: this walks downhill; the gradient points to higher scores'),
-    Mistake(lambda x, d, r: x + r * d.sign(), 'pixels leave [0, 1]: clamp the result'),
-    Mistake(lambda x, d, r: (x + r * d).clamp(0, 1), 'the step follows the size of the gradient; take its sign only, so that every pixel moves by rate'),
-    Mistake(lambda x, d, r: x + (r * d.sign()).clamp(0, 1), 'the step is clamped, so nothing ever gets darker; clamp the result'),
-    Mistake(lambda x, d, r: (r * d.sign()).clamp(0, 1), 'this is the step alone; add it to the frames'),
-    Mistake(lambda x, d, r: (x + d.sign()).clamp(0, 1), 'rate changes nothing: multiply the sign by it'),
-    Mistake(lambda x, d, r: (x + r * d / d.norm()).clamp(0, 1), 'the gradient is scaled to length 1; here every pixel moves by the same amount: take the sign'),
+    Mistake(
+        lambda x, d, r: (x - r * d.sign()).clamp(0, 1),
+        "a sign: this walks downhill; the gradient points to higher scores",
+    ),
+    Mistake(lambda x, d, r: x + r * d.sign(), "pixels leave [0, 1]: clamp the result"),
+    Mistake(
+        lambda x, d, r: (x + r * d).clamp(0, 1),
+        "the step follows the size of the gradient; take its sign only, so that every pixel moves by rate",
+    ),
+    Mistake(
+        lambda x, d, r: x + (r * d.sign()).clamp(0, 1),
+        "the step is clamped, so nothing ever gets darker; clamp the result",
+    ),
+    Mistake(lambda x, d, r: (r * d.sign()).clamp(0, 1), "this is the step alone; add it to the frames"),
+    Mistake(lambda x, d, r: (x + d.sign()).clamp(0, 1), "rate changes nothing: multiply the sign by it"),
+    Mistake(
+        lambda x, d, r: (x + r * d / d.norm()).clamp(0, 1),
+        "the gradient is scaled to length 1; here every pixel moves by the same amount: take the sign",
+    ),
 ]
 
 def climb(
@@ -110,25 +196,54 @@ def climb(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: one signed gradient step on the pixels (Goodfellow et al. 2015), kept in [0, 1]."
     g = torch.Generator().manual_seed(0)
-    cases = [(torch.rand(1, 2, 3, 4, 4, generator=g), torch.randn(1, 2, 3, 4, 4, generator=g), rate) for rate in (0.3, 0.02)]
+    cases = [
+        (torch.rand(1, 2, 3, 4, 4, generator=g), torch.randn(1, 2, 3, 4, 4, generator=g), rate) for rate in (0.3, 0.02)
+    ]
     cases += [(torch.tensor([0., 1., 0.5]), torch.tensor([-2., 0.1, 0.]), 0.1)]
-    return judge(fn, lambda x, d, r: (x + r * d.sign()).clamp(0, 1), cases, CLIMB, 'No pixel moves by more than rate, and yet the judge changes its mind.')
+    return judge(
+        fn,
+        lambda x, d, r: (x + r * d.sign()).clamp(0, 1),
+        cases,
+        CLIMB,
+        "No pixel moves by more than rate, and yet the judge changes its mind.",
+    )
 
 # %% ../../nbs/check/02_reward.ipynb #852cdade
 def _flicker(videos): return videos.mean((2, 3, 4)).diff(dim=1).abs().mean(1)
 
 FLICKER = [
-    Mistake(lambda v: v.diff(dim=1).abs().mean((1, 2, 3, 4)), 'this is the change of every pixel: whatever walks counts as flicker; take each frame\'s mean brightness first'),
-    Mistake(lambda v: v.mean((2, 3, 4)).diff(dim=1).mean(1), 'ups and downs cancel: what is left is last minus first; take absolute values'),
-    Mistake(lambda v: (v.mean((2, 3, 4))[:, -1] - v.mean((2, 3, 4))[:, 0]).abs(), 'only the first and the last frame count; compare all neighbours'),
-    Mistake(lambda v: v.mean((2, 3, 4)).std(1), 'the standard deviation also counts a slow sunset; compare neighbouring frames'),
-    Mistake(lambda v: v.mean((2, 3, 4)).std(1, correction=0), 'the standard deviation also counts a slow sunset; compare neighbouring frames'),
-    Mistake(lambda v: _flicker(v).mean(), 'averaged over the clips; one number per clip is expected, shape (b,)'),
-    Mistake(lambda v: v.mean((2, 3, 4)).diff(dim=1).abs().sum(1), 'this is the sum over the pairs of frames; take the mean, or long clips flicker more than short ones'),
-    Mistake(lambda v: v.mean((2, 3, 4)).diff(dim=1).abs(), 'one number per pair of frames; take the mean over them'),
-    Mistake(lambda v: 1 - _flicker(v), 'this is a steadiness, 1 minus the flicker; more flicker must give more'),
-    Mistake(lambda v: (v.mean((2, 3, 4)).diff(dim=1) ** 2).mean(1), 'squares instead of absolute values'),
-    Mistake(lambda v: v.mean((2, 3, 4)).diff(dim=1).abs().max(1).values, 'this is the largest jump; take the mean over all of them'),
+    Mistake(
+        lambda v: v.diff(dim=1).abs().mean((1, 2, 3, 4)),
+        "this is the change of every pixel: whatever walks counts as flicker; take each frame's mean brightness first",
+    ),
+    Mistake(
+        lambda v: v.mean((2, 3, 4)).diff(dim=1).mean(1),
+        "ups and downs cancel: what is left is last minus first; take absolute values",
+    ),
+    Mistake(
+        lambda v: (v.mean((2, 3, 4))[:, -1] - v.mean((2, 3, 4))[:, 0]).abs(),
+        "only the first and the last frame count; compare all neighbours",
+    ),
+    Mistake(
+        lambda v: v.mean((2, 3, 4)).std(1),
+        "the standard deviation also counts a slow sunset; compare neighbouring frames",
+    ),
+    Mistake(
+        lambda v: v.mean((2, 3, 4)).std(1, correction=0),
+        "the standard deviation also counts a slow sunset; compare neighbouring frames",
+    ),
+    Mistake(lambda v: _flicker(v).mean(), "averaged over the clips; one number per clip is expected, shape (b,)"),
+    Mistake(
+        lambda v: v.mean((2, 3, 4)).diff(dim=1).abs().sum(1),
+        "this is the sum over the pairs of frames; take the mean, or long clips flicker more than short ones",
+    ),
+    Mistake(lambda v: v.mean((2, 3, 4)).diff(dim=1).abs(), "one number per pair of frames; take the mean over them"),
+    Mistake(lambda v: 1 - _flicker(v), "this is a steadiness, 1 minus the flicker; more flicker must give more"),
+    Mistake(lambda v: (v.mean((2, 3, 4)).diff(dim=1) ** 2).mean(1), "squares instead of absolute values"),
+    Mistake(
+        lambda v: v.mean((2, 3, 4)).diff(dim=1).abs().max(1).values,
+        "this is the largest jump; take the mean over all of them",
+    ),
 ]
 
 def brightness_flicker(
@@ -136,26 +251,50 @@ def brightness_flicker(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: mean absolute change of brightness between neighbouring frames."
     g = torch.Generator().manual_seed(0)
-    cases = [(torch.rand(b, f, 1, 1, 1, generator=g) * torch.rand(b, f, 3, 4, 4, generator=g),) for b, f in ((2, 8), (1, 2), (3, 5))]
-    return judge(fn, _flicker, cases, FLICKER, 'Shuffle the frames and it rises; a judge of single frames would not notice.')
+    cases = [
+        (torch.rand(b, f, 1, 1, 1, generator=g) * torch.rand(b, f, 3, 4, 4, generator=g),)
+        for b, f in ((2, 8), (1, 2), (3, 5))
+    ]
+    return judge(
+        fn, _flicker, cases, FLICKER, "Shuffle the frames and it rises; a judge of single frames would not notice."
+    )
 
 # %% ../../nbs/check/02_reward.ipynb #e498da3b
 SEGMENTS = [
-    Mistake(lambda F, S: [i * F // S for i in range(S)], 'the end is missing: S + 1 numbers, the last one is F'),
-    Mistake(lambda F, S: [i * (F // S) for i in range(S + 1)], 'a fixed length of F // S leaves the last frames out when S does not divide F; segment i begins at floor(i F / S)'),
-    Mistake(lambda F, S: [i * (F // S) for i in range(S)] + [F], 'a fixed length of F // S makes the last segment too long; segment i begins at floor(i F / S)'),
-    Mistake(lambda F, S: [round(i * F / S) for i in range(S + 1)], 'rounded; segment i begins at floor(i F / S): cut, do not round'),
-    Mistake(lambda F, S: [-(-i * F // S) for i in range(S + 1)], 'rounded up; segment i begins at floor(i F / S)'),
-    Mistake(lambda F, S: [i * F // S + 1 for i in range(S + 1)], 'frames are counted from 0 here'),
-    Mistake(lambda F, S: [i * F / S for i in range(S + 1)], 'frame numbers are whole: floor(i F / S)'),
-    Mistake(lambda F, S: [(i + 1) * F // S - i * F // S for i in range(S)], 'these are the lengths; where does each segment begin?'),
+    Mistake(lambda F, S: [i * F // S for i in range(S)], "the end is missing: S + 1 numbers, the last one is F"),
+    Mistake(
+        lambda F, S: [i * (F // S) for i in range(S + 1)],
+        "a fixed length of F // S leaves the last frames out when S does not divide F; segment i begins at floor(i F"
+        " / S)",
+    ),
+    Mistake(
+        lambda F, S: [i * (F // S) for i in range(S)] + [F],
+        "a fixed length of F // S makes the last segment too long; segment i begins at floor(i F / S)",
+    ),
+    Mistake(
+        lambda F, S: [round(i * F / S) for i in range(S + 1)],
+        "rounded; segment i begins at floor(i F / S): cut, do not round",
+    ),
+    Mistake(lambda F, S: [-(-i * F // S) for i in range(S + 1)], "rounded up; segment i begins at floor(i F / S)"),
+    Mistake(lambda F, S: [i * F // S + 1 for i in range(S + 1)], "frames are counted from 0 here"),
+    Mistake(lambda F, S: [i * F / S for i in range(S + 1)], "frame numbers are whole: floor(i F / S)"),
+    Mistake(
+        lambda F, S: [(i + 1) * F // S - i * F // S for i in range(S)],
+        "these are the lengths; where does each segment begin?",
+    ),
 ]
 
 def segments(
     fn, # fn(n_frames, n_segments) -> S + 1 frame numbers
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: bounds of the segments of SegVR, section 3.2.2 of InstructVideo."
-    return judge(fn, segment_bounds, [(16, 4), (17, 4), (10, 4), (7, 3), (16, 1), (5, 5)], SEGMENTS, 'Lengths differ by one at most, and every frame is in exactly one segment.')
+    return judge(
+        fn,
+        segment_bounds,
+        [(16, 4), (17, 4), (10, 4), (7, 3), (16, 1), (5, 5)],
+        SEGMENTS,
+        "Lengths differ by one at most, and every frame is in exactly one segment.",
+    )
 
 # %% ../../nbs/check/02_reward.ipynb #dca54ff3
 def _chosen(F, S, u):
@@ -163,54 +302,112 @@ def _chosen(F, S, u):
     return bounds[:-1] + (u * bounds.diff()).long()
 
 CHOOSE = [
-    Mistake(lambda F, S, u: (u * F).long(), 'these are frames from anywhere; frame i must lie in segment i'),
-    Mistake(lambda F, S, u: segment_bounds(F, S)[:-1], 'these are the first frames; u says where in its segment each frame lies'),
-    Mistake(lambda F, S, u: segment_bounds(F, S)[:-1] + (u * (F // S)).long(), 'the length F // S is too short where S does not divide F: the last frame of a longer segment is never drawn (the released code does this)'),
-    Mistake(lambda F, S, u: segment_bounds(F, S)[:-1] + (u * segment_bounds(F, S).diff()).round().long(), 'rounded: with u near 1 this is the first frame of the next segment; cut instead'),
-    Mistake(lambda F, S, u: segment_bounds(F, S)[:-1] + (u * (segment_bounds(F, S).diff() - 1)).long(), 'the last frame of a segment is never drawn: u < 1 already keeps inside, so multiply by the whole length'),
-    Mistake(lambda F, S, u: segment_bounds(F, S)[:-1] + (u[:1] * segment_bounds(F, S).diff()).long(), 'one draw for all segments; each has its own u'),
-    Mistake(lambda F, S, u: segment_bounds(F, S)[1:] - 1 - (u * segment_bounds(F, S).diff()).long(), 'counted from the end of each segment; u = 0 must give its first frame'),
+    Mistake(lambda F, S, u: (u * F).long(), "these are frames from anywhere; frame i must lie in segment i"),
+    Mistake(
+        lambda F, S, u: segment_bounds(F, S)[:-1],
+        "these are the first frames; u says where in its segment each frame lies",
+    ),
+    Mistake(
+        lambda F, S, u: segment_bounds(F, S)[:-1] + (u * (F // S)).long(),
+        "the length F // S is too short where S does not divide F: the last frame of a longer segment is never drawn"
+        " (the released code does this)",
+    ),
+    Mistake(
+        lambda F, S, u: segment_bounds(F, S)[:-1] + (u * segment_bounds(F, S).diff()).round().long(),
+        "rounded: with u near 1 this is the first frame of the next segment; cut instead",
+    ),
+    Mistake(
+        lambda F, S, u: segment_bounds(F, S)[:-1] + (u * (segment_bounds(F, S).diff() - 1)).long(),
+        "the last frame of a segment is never drawn: u < 1 already keeps inside, so multiply by the whole length",
+    ),
+    Mistake(
+        lambda F, S, u: segment_bounds(F, S)[:-1] + (u[:1] * segment_bounds(F, S).diff()).long(),
+        "one draw for all segments; each has its own u",
+    ),
+    Mistake(
+        lambda F, S, u: segment_bounds(F, S)[1:] - 1 - (u * segment_bounds(F, S).diff()).long(),
+        "counted from the end of each segment; u = 0 must give its first frame",
+    ),
 ]
 
 def choose_frames(
     fn, # fn(n_frames, n_segments, u (s,) in [0, 1)) -> (s,) frame numbers
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: one uniform frame per segment, g(i) of Eq. (6) of InstructVideo."
-    cases = [(F, S, torch.tensor(u)) for F, S, u in ((16, 4, [0.1, 0.5, 0.8, 0.99]), (17, 4, [0.9, 0.2, 0.6, 0.85]), (10, 4, [0., 0.7, 0.4, 0.95]), (16, 1, [0.97]))]
+    cases = [
+        (F, S, torch.tensor(u))
+        for F, S, u in (
+            (16, 4, [0.1, 0.5, 0.8, 0.99]),
+            (17, 4, [0.9, 0.2, 0.6, 0.85]),
+            (10, 4, [0.0, 0.7, 0.4, 0.95]),
+            (16, 1, [0.97]),
+        )
+    ]
     return judge(fn, _chosen, cases, CHOOSE, 'Every frame can be drawn, and no draw can miss a quarter of the clip.')
 
 # %% ../../nbs/check/02_reward.ipynb #55c31fbe
 TAR_WEIGHTS = [
-    Mistake(lambda g, F, lam: tar_weights(g, F, lam, 'midpoint'), 'centred on (F - 1) / 2, the true middle; Eq. (7) says F / 2 (one of the two is half a frame off: see below)'),
-    Mistake(lambda g, F, lam: torch.exp(-lam * (g + 1 - F // 2).abs()), 'frames are counted from 0 here: do not add 1'),
-    Mistake(lambda g, F, lam: torch.exp(-lam * (g - F // 2) ** 2), 'squared distance gives a bell; Eq. (7) has the absolute distance, a peak'),
-    Mistake(lambda g, F, lam: torch.exp(-lam * (g - F // 2)), 'the absolute value is missing: frames before the middle get weights above 1'),
-    Mistake(lambda g, F, lam: torch.exp(lam * (g - F // 2).abs()), 'a sign: the weight must fall towards both ends'),
-    Mistake(lambda g, F, lam: torch.exp(-lam * (g - F).abs()), 'centred on the end of the clip; the centre is F / 2'),
-    Mistake(lambda g, F, lam: (w := tar_weights(g, F, lam)) / w.sum(1, keepdim=True), 'normalised to sum 1; Eq. (7) does not: attenuation makes the whole reward smaller'),
-    Mistake(lambda g, F, lam: (-lam * (g - F // 2).abs().float()).softmax(1), 'normalised to sum 1; Eq. (7) does not: attenuation makes the whole reward smaller'),
-    Mistake(lambda g, F, lam: torch.exp(-lam * (g - F // 2).abs() / F), 'the distance is divided by F; Eq. (7) counts whole frames, which makes the decay steep'),
-    Mistake(lambda g, F, lam: 1 - lam * (g - F // 2).abs().float(), 'a straight line; the weight decays exponentially, and never gets negative'),
-    Mistake(lambda g, F, lam: torch.exp(-(g - F // 2).abs().float()), 'lam changes nothing'),
+    Mistake(
+        lambda g, F, lam: tar_weights(g, F, lam, "midpoint"),
+        "centred on (F - 1) / 2, the true middle; Eq. (7) says F / 2 (one of the two is half a frame off: see below)",
+    ),
+    Mistake(lambda g, F, lam: torch.exp(-lam * (g + 1 - F // 2).abs()), "frames are counted from 0 here: do not add 1"),
+    Mistake(
+        lambda g, F, lam: torch.exp(-lam * (g - F // 2) ** 2),
+        "squared distance gives a bell; Eq. (7) has the absolute distance, a peak",
+    ),
+    Mistake(
+        lambda g, F, lam: torch.exp(-lam * (g - F // 2)),
+        "the absolute value is missing: frames before the middle get weights above 1",
+    ),
+    Mistake(lambda g, F, lam: torch.exp(lam * (g - F // 2).abs()), "a sign: the weight must fall towards both ends"),
+    Mistake(lambda g, F, lam: torch.exp(-lam * (g - F).abs()), "centred on the end of the clip; the centre is F / 2"),
+    Mistake(
+        lambda g, F, lam: (w := tar_weights(g, F, lam)) / w.sum(1, keepdim=True),
+        "normalised to sum 1; Eq. (7) does not: attenuation makes the whole reward smaller",
+    ),
+    Mistake(
+        lambda g, F, lam: (-lam * (g - F // 2).abs().float()).softmax(1),
+        "normalised to sum 1; Eq. (7) does not: attenuation makes the whole reward smaller",
+    ),
+    Mistake(
+        lambda g, F, lam: torch.exp(-lam * (g - F // 2).abs() / F),
+        "the distance is divided by F; Eq. (7) counts whole frames, which makes the decay steep",
+    ),
+    Mistake(
+        lambda g, F, lam: 1 - lam * (g - F // 2).abs().float(),
+        "a straight line; the weight decays exponentially, and never gets negative",
+    ),
+    Mistake(lambda g, F, lam: torch.exp(-(g - F // 2).abs().float()), "lam changes nothing"),
 ]
 
 def attenuation(
     fn, # fn(g (b, s), n_frames, lam) -> (b, s)
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: temporally attenuated coefficients, Eq. (7) of InstructVideo."
-    cases = [(torch.tensor([[0, 4, 8, 12], [3, 7, 9, 15]]), 16, 1.), (torch.tensor([[1, 6, 11]]), 12, 0.5), (torch.tensor([[0, 5]]), 16, 0.), (torch.tensor([[2, 3]]), 8, 2.)]
+    cases = [
+        (torch.tensor([[0, 4, 8, 12], [3, 7, 9, 15]]), 16, 1.0),
+        (torch.tensor([[1, 6, 11]]), 12, 0.5),
+        (torch.tensor([[0, 5]]), 16, 0.0),
+        (torch.tensor([[2, 3]]), 8, 2.0),
+    ]
     return judge(fn, tar_weights, cases, TAR_WEIGHTS, 'Frame 0 of 16 counts three thousand times less than frame 8.')
 
 # %% ../../nbs/check/02_reward.ipynb #ed254be1
 WEIGHTED_REWARD = [
-    Mistake(lambda r, w: (r * w).sum(1) / w.sum(1), 'divided by the sum of the weights; Eq. (8) divides by S, so attenuation also makes the reward smaller'),
-    Mistake(lambda r, w: (r * w).sum(1), 'this is the sum; Eq. (8) divides by S'),
-    Mistake(lambda r, w: r.mean(1), 'the weights change nothing'),
-    Mistake(lambda r, w: (r * w).mean(), 'averaged over the clips too; one number per clip is expected, shape (b,)'),
-    Mistake(lambda r, w: (r * w).mean(0), 'averaged over the clips instead of the segments (dim 0 instead of dim 1)'),
-    Mistake(lambda r, w: r.mean(1) * w.mean(1), 'the mean of the products is not the product of the means: weigh first'),
-    Mistake(lambda r, w: (r + w).mean(1), 'weights multiply the scores'),
-    Mistake(lambda r, w: r * w, 'one number per frame; take the mean over the segments'),
+    Mistake(
+        lambda r, w: (r * w).sum(1) / w.sum(1),
+        "divided by the sum of the weights; Eq. (8) divides by S, so attenuation also makes the reward smaller",
+    ),
+    Mistake(lambda r, w: (r * w).sum(1), "this is the sum; Eq. (8) divides by S"),
+    Mistake(lambda r, w: r.mean(1), "the weights change nothing"),
+    Mistake(lambda r, w: (r * w).mean(), "averaged over the clips too; one number per clip is expected, shape (b,)"),
+    Mistake(lambda r, w: (r * w).mean(0), "averaged over the clips instead of the segments (dim 0 instead of dim 1)"),
+    Mistake(
+        lambda r, w: r.mean(1) * w.mean(1), "the mean of the products is not the product of the means: weigh first"
+    ),
+    Mistake(lambda r, w: (r + w).mean(1), "weights multiply the scores"),
+    Mistake(lambda r, w: r * w, "one number per frame; take the mean over the segments"),
 ]
 
 def weighted_reward(
@@ -227,18 +424,42 @@ def _shares(F, S, lam): return (e := expected_weights(F, S, lam)) / e.sum()
 def _first_weights(F, S, lam): return tar_weights(segment_frames(F, S, 1, 'first'), F, lam)[0]
 
 SHARES = [
-    Mistake(lambda F, S, lam: expected_weights(F, S, lam), 'these are the mean weights; divide by their sum to get shares'),
-    Mistake(lambda F, S, lam: (w := _first_weights(F, S, lam)) / w.sum(), 'only the first frame of each segment counts here; any frame of it may be drawn: take the mean over the segment'),
-    Mistake(lambda F, S, lam: torch.full((S,), 1 / S), 'every segment gets the same here; that is lam = 0'),
-    Mistake(lambda F, S, lam: torch.stack([w.sum() for w in tar_weights(torch.arange(F), F, lam).tensor_split(segment_bounds(F, S)[1:-1])]) / tar_weights(torch.arange(F), F, lam).sum(),
-            'sums over the segments: a longer segment would count more, but each gives one frame whatever its length; take means'),
-    Mistake(lambda F, S, lam: (e := expected_weights(F, S, lam, 'midpoint')) / e.sum(), 'centred on (F - 1) / 2; the paper\'s weights are centred on F / 2'),
-    Mistake(lambda F, S, lam: expected_weights(F, S, lam).softmax(0), 'a softmax exaggerates and levels at once; divide by the sum'),
-    Mistake(lambda F, S, lam: expected_weights(F, S, lam) / S, 'divided by S; the shares must sum to 1'),
+    Mistake(
+        lambda F, S, lam: expected_weights(F, S, lam), "these are the mean weights; divide by their sum to get shares"
+    ),
+    Mistake(
+        lambda F, S, lam: (w := _first_weights(F, S, lam)) / w.sum(),
+        "only the first frame of each segment counts here; any frame of it may be drawn: take the mean over the"
+        " segment",
+    ),
+    Mistake(lambda F, S, lam: torch.full((S,), 1 / S), "every segment gets the same here; that is lam = 0"),
+    Mistake(
+        lambda F, S, lam: torch.stack(
+            [w.sum() for w in tar_weights(torch.arange(F), F, lam).tensor_split(segment_bounds(F, S)[1:-1])]
+        )
+        / tar_weights(torch.arange(F), F, lam).sum(),
+        "sums over the segments: a longer segment would count more, but each gives one frame whatever its length; take"
+        " means",
+    ),
+    Mistake(
+        lambda F, S, lam: (e := expected_weights(F, S, lam, "midpoint")) / e.sum(),
+        "centred on (F - 1) / 2; the paper's weights are centred on F / 2",
+    ),
+    Mistake(
+        lambda F, S, lam: expected_weights(F, S, lam).softmax(0),
+        "a softmax exaggerates and levels at once; divide by the sum",
+    ),
+    Mistake(lambda F, S, lam: expected_weights(F, S, lam) / S, "divided by S; the shares must sum to 1"),
 ]
 
 def segment_shares(
     fn, # fn(n_frames, n_segments, lam) -> (s,), sums to 1
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the share of the gradient that each segment gets on average under Eq. (7) and (8) of InstructVideo."
-    return judge(fn, _shares, [(16, 4, 1.), (16, 4, 0.), (17, 4, 0.5), (10, 4, 2.), (8, 1, 1.)], SHARES, 'At the paper\'s settings the third quarter of the clip gets 72 %.')
+    return judge(
+        fn,
+        _shares,
+        [(16, 4, 1.0), (16, 4, 0.0), (17, 4, 0.5), (10, 4, 2.0), (8, 1, 1.0)],
+        SHARES,
+        "At the paper's settings the third quarter of the clip gets 72 %.",
+    )

@@ -17,23 +17,45 @@ from ..diffusion.truncation import step_sensitivity, unet_cost
 # %% ../../nbs/check/03_truncation.ipynb #8421013c
 def _lever(a, p): return (1 - p) ** 0.5 * a ** 0.5 - p ** 0.5 * (1 - a) ** 0.5
 def _angle(a): return math.acos(a ** 0.5)
-def _sensitivity(a, p): return step_sensitivity([0], Schedule(torch.tensor([a], dtype=torch.float64), 'v_prediction', p))[0]
+def _sensitivity(a, p):
+    return step_sensitivity([0], Schedule(torch.tensor([a], dtype=torch.float64), "v_prediction", p))[0]
 
 LEVER = [
-    Mistake(lambda a, p: -_lever(a, p), 'a sign (or the absolute value, or the two levels are swapped): more v means less clip, so the derivative is negative'),
-    Mistake(lambda a, p: (1 - p) ** 0.5 * a ** 0.5 + p ** 0.5 * (1 - a) ** 0.5, 'a sign: x0 = sqrt(t) z - sqrt(1 - t) v falls as v rises'),
-    Mistake(lambda a, p: (1 - p) ** 0.5 * a ** 0.5, 'only the noise part; v also changes x0'),
-    Mistake(lambda a, p: -p ** 0.5 * (1 - a) ** 0.5, 'only the clip part; v also changes the noise'),
-    Mistake(lambda a, p: _lever(a, p) / a ** 0.5, 'this is the derivative by epsilon; a v-prediction is not divided by sqrt(alpha_bar_t)'),
-    Mistake(lambda a, p: (1 - p) * a - p * (1 - a), 'these are shares of variance used as amplitudes: take the square roots'),
-    Mistake(lambda a, p: _angle(p) - _angle(a), 'this is the angle itself, with its sign; the derivative is its sine (for small steps nearly the same)'),
+    Mistake(
+        lambda a, p: -_lever(a, p),
+        "a sign (or the absolute value, or the two levels are swapped): more v means less clip, so the derivative is"
+        " negative",
+    ),
+    Mistake(
+        lambda a, p: (1 - p) ** 0.5 * a**0.5 + p**0.5 * (1 - a) ** 0.5,
+        "a sign: x0 = sqrt(t) z - sqrt(1 - t) v falls as v rises",
+    ),
+    Mistake(lambda a, p: (1 - p) ** 0.5 * a**0.5, "only the noise part; v also changes x0"),
+    Mistake(lambda a, p: -(p**0.5) * (1 - a) ** 0.5, "only the clip part; v also changes the noise"),
+    Mistake(
+        lambda a, p: _lever(a, p) / a**0.5,
+        "this is the derivative by epsilon; a v-prediction is not divided by sqrt(alpha_bar_t)",
+    ),
+    Mistake(
+        lambda a, p: (1 - p) * a - p * (1 - a), "these are shares of variance used as amplitudes: take the square roots"
+    ),
+    Mistake(
+        lambda a, p: _angle(p) - _angle(a),
+        "this is the angle itself, with its sign; the derivative is its sine (for small steps nearly the same)",
+    ),
 ]
 
 def lever(
     fn, # fn(alpha_bar_t, alpha_bar_prev) -> float
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: d z_prev / d v of one DDIM step."
-    return judge(fn, _sensitivity, [(0.3, 0.8), (0.9, 1.0), (0.05, 0.2), (0.5, 0.5)], LEVER, 'It is minus the sine of the angle that the step walks: a step that walks nowhere cannot be steered.')
+    return judge(
+        fn,
+        _sensitivity,
+        [(0.3, 0.8), (0.9, 1.0), (0.05, 0.2), (0.5, 0.5)],
+        LEVER,
+        "It is minus the sine of the angle that the step walks: a step that walks nowhere cannot be steered.",
+    )
 
 # %% ../../nbs/check/03_truncation.ipynb #5210217a
 def _watched(fn):
@@ -41,7 +63,12 @@ def _watched(fn):
     def run(n_steps, grad_steps):
         theta = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
         with torch.enable_grad():
-            z = fn(lambda z, i: theta * torch.sin(z) + (i + 1) / 10, torch.tensor(0.4, dtype=torch.float64), n_steps, grad_steps)
+            z = fn(
+                lambda z, i: theta * torch.sin(z) + (i + 1) / 10,
+                torch.tensor(0.4, dtype=torch.float64),
+                n_steps,
+                grad_steps,
+            )
             if z is None or z is ...: return None
             slope = torch.autograd.grad(z, theta)[0] if getattr(z, 'requires_grad', False) else 0.
         return torch.tensor([float(torch.as_tensor(z).detach()), float(slope)])
@@ -60,12 +87,26 @@ def _detached(step, z, n, k):
     return z
 
 TRUNCATED = [
-    Mistake(_watched(_opened(lambda i, n, k: True)), 'the gradient comes through all n steps: run the first n - K under torch.no_grad()'),
-    Mistake(_watched(_opened(lambda i, n, k: i < k)), 'the first K steps are open; the last K should be (a graph that is cut behind them reaches nothing)'),
-    Mistake(_watched(_opened(lambda i, n, k: i > n - k)), 'one step too few: the last K are those with i >= n - K'),
-    Mistake(_watched(_opened(lambda i, n, k: i >= n - k - 1)), 'one step too many: the last K are those with i >= n - K'),
-    Mistake(_watched(_opened(lambda i, n, k: False)), 'no gradient at all: the last K steps run outside torch.no_grad()'),
-    Mistake(_watched(_detached), 'z is detached between the last K steps too, so only the very last one is heard; detach (or no_grad) only before them'),
+    Mistake(
+        _watched(_opened(lambda i, n, k: True)),
+        "the gradient comes through all n steps: run the first n - K under torch.no_grad()",
+    ),
+    Mistake(
+        _watched(_opened(lambda i, n, k: i < k)),
+        "the first K steps are open; the last K should be (a graph that is cut behind them reaches nothing)",
+    ),
+    Mistake(_watched(_opened(lambda i, n, k: i > n - k)), "one step too few: the last K are those with i >= n - K"),
+    Mistake(
+        _watched(_opened(lambda i, n, k: i >= n - k - 1)), "one step too many: the last K are those with i >= n - K"
+    ),
+    Mistake(
+        _watched(_opened(lambda i, n, k: False)), "no gradient at all: the last K steps run outside torch.no_grad()"
+    ),
+    Mistake(
+        _watched(_detached),
+        "z is detached between the last K steps too, so only the very last one is heard; detach (or no_grad) only"
+        " before them",
+    ),
 ]
 
 def truncated_chain(
@@ -73,7 +114,13 @@ def truncated_chain(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: a chain of n steps whose last K carry a gradient, section 3.3 of InstructVideo."
     answer = _watched(fn) if callable(fn) else fn
-    return judge(answer, _watched(_opened(lambda i, n, k: i >= n - k)), [(6, 2), (6, 1), (6, 6), (5, 3), (4, 0)], TRUNCATED, 'The value is the same for every K; only what it remembers differs.')
+    return judge(
+        answer,
+        _watched(_opened(lambda i, n, k: i >= n - k)),
+        [(6, 2), (6, 1), (6, 6), (5, 3), (4, 0)],
+        TRUNCATED,
+        "The value is the same for every K; only what it remembers differs.",
+    )
 
 # %% ../../nbs/check/03_truncation.ipynb #b2913bef
 COST = [
@@ -91,4 +138,10 @@ def chain_cost(
     fn, # fn(n_steps, grad_steps, branches) -> number of calls
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: UNet calls of one training clip, c [(n - K) + 2 K]."
-    return judge(fn, lambda n, k, c: unet_cost(n, k, c == 2), [(12, 1, 2), (12, 12, 2), (20, 3, 1), (5, 0, 2)], COST, 'K = 1 costs 26 calls, the full chain 48: the price of K is in the memory.')
+    return judge(
+        fn,
+        lambda n, k, c: unet_cost(n, k, c == 2),
+        [(12, 1, 2), (12, 12, 2), (20, 3, 1), (5, 0, 2)],
+        COST,
+        "K = 1 costs 26 calls, the full chain 48: the price of K is in the memory.",
+    )

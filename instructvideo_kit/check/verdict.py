@@ -16,11 +16,19 @@ class Mistake(NamedTuple):
     answer: object # a function that makes this mistake
     message: str # what is wrong, and a hint
 
+# %% ../../nbs/check/00_verdict.ipynb #2eed514b
+def _numbers(
+    x, # what a function returned
+)->torch.Tensor:
+    "An answer as a tensor: a list of tensors is stacked, plain numbers are taken as they are."
+    if isinstance(x, (list, tuple)) and x and torch.is_tensor(x[0]): return torch.stack(list(x))
+    return torch.as_tensor(x)
+
 def _close(
     a, b, # what two functions returned
 )->bool:
     "Whether two answers are the same numbers in the same shape; lists, tensors and plain numbers may be mixed."
-    try: a, b = (torch.stack(list(x)) if isinstance(x, (list, tuple)) and x and torch.is_tensor(x[0]) else torch.as_tensor(x) for x in (a, b))
+    try: a, b = _numbers(a), _numbers(b)
     except (TypeError, ValueError, RuntimeError): return False
     return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5)
 
@@ -28,9 +36,11 @@ def _short(
     x, # an input or an answer
 )->str:
     "A value in one line."
-    if torch.is_tensor(x): text = f'{[round(v, 4) for v in x.tolist()] if x.ndim else round(x.item(), 4)}' if x.ndim < 2 else f'a tensor of shape {tuple(x.shape)}'
-    elif callable(x): text = 'a function'
-    else: text = repr(x)
+    if callable(x) and not torch.is_tensor(x): return "a function"
+    if not torch.is_tensor(x): text = repr(x)
+    elif x.ndim > 1: text = f"a tensor of shape {tuple(x.shape)}"
+    elif x.ndim: text = str([round(v, 4) for v in x.tolist()])
+    else: text = str(round(x.item(), 4))
     return text if len(text) < 120 else f'{text[:80]} ... {text[-30:]}'
 
 def _call(
@@ -38,9 +48,11 @@ def _call(
     inputs:tuple, # its arguments
 ): # (its answer, None) or (None, what went wrong)
     "Call an answer; any exception becomes a sentence."
-    args = [x.clone() if torch.is_tensor(x) else x for x in inputs] # an answer that works in place must not spoil the comparison
+    # an answer that works in place must not spoil the comparison
+    args = [x.clone() if torch.is_tensor(x) else x for x in inputs]
     try: return fn(*args), None
-    except Exception as error: return None, f'it raises {type(error).__name__}: {error}, for the inputs {", ".join(map(_short, inputs))}'
+    except Exception as error:
+        return None, f'it raises {type(error).__name__}: {error}, for the inputs {", ".join(map(_short, inputs))}'
 
 def _apart(
     answer, expected, # two answers that differ
@@ -61,7 +73,9 @@ def _difference(
     for inputs in cases:
         answer, problem = _call(fn, inputs)
         if problem: return problem
-        if answer is None: return f'it returns None for the inputs {", ".join(map(_short, inputs))}: is there a return on every way through it?'
+        if answer is None:
+            given = ", ".join(map(_short, inputs))
+            return f"it returns None for the inputs {given}: is there a return on every way through it?"
         if _close(answer, reference(*inputs)): continue
         named = next((m.message for m in mistakes if _explains(m, fn, reference, cases)), '')
         return named or f'for {", ".join(map(_short, inputs))} {_apart(answer, reference(*inputs))}'
@@ -69,8 +83,11 @@ def _difference(
 
 def _explains(mistake, fn, reference, cases):
     "Whether the answer is the one of this mistake on every case, and the mistake shows on one."
-    theirs, wrong = ([_call(f, c)[0] for c in cases] for f in (fn, mistake.answer))
-    return all(_close(a, b) for a, b in zip(theirs, wrong)) and not all(_close(b, reference(*c)) for b, c in zip(wrong, cases))
+    theirs = [_call(fn, case)[0] for case in cases]
+    wrong = [_call(mistake.answer, case)[0] for case in cases]
+    same = all(_close(a, b) for a, b in zip(theirs, wrong))
+    shows = not all(_close(b, reference(*case)) for b, case in zip(wrong, cases))
+    return same and shows
 
 def _open(fn, inputs):
     "Whether an exercise is still a stub: nothing, or a function that returns nothing."
@@ -89,6 +106,8 @@ def judge(
     if _open(fn, cases[0]):
         print('not answered yet')
         return None
-    problem = _difference(fn, reference, cases, mistakes) if callable(fn) else f'it is {_short(fn)}; expected a function'
+    problem = (
+        _difference(fn, reference, cases, mistakes) if callable(fn) else f"it is {_short(fn)}; expected a function"
+    )
     print(f'not yet: {problem}' if problem else f'right, on {len(cases)} inputs. {praise}'.rstrip())
     return not problem

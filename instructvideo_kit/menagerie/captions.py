@@ -8,13 +8,15 @@ __all__ = ['SPLITS', 'GROUPS', 'FREQUENCY', 'split_of', 'group_of', 'combination
 
 # %% ../../nbs/menagerie/03_captions.ipynb #a2eafc00
 import zlib
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from .defects import render
 from .sprites import ANIMALS, NEW_ANIMALS, THINGS
-from .world import Scene, NAMES, MOTIONS, PLACES
+from .world import MOTIONS, NAMES, PLACES, Scene
+from ..video import export_videofolder
 
 # %% ../../nbs/menagerie/03_captions.ipynb #09824ca0
 SPLITS = ("train", "tune", "evaluation")
@@ -42,15 +44,15 @@ def combinations(
 )->list: # of `Scene`, seed 0, no defects, in a fixed order
     "Every scene whose caption lies in a split; tuning knows the 45 in-domain animals only."
     if split not in SPLITS: raise ValueError(f"no split {split!r}: choose from {', '.join(SPLITS)}")
-    names = GROUPS[group] if group else ANIMALS if split == "tune" else NAMES
-    every = [Scene(s, m, p) for s in names for m in MOTIONS for p in PLACES]
+    everybody = ANIMALS if split == "tune" else NAMES
+    every = [Scene(*words) for words in product(GROUPS[group] if group else everybody, MOTIONS, PLACES)]
     return [s for s in every if split_of(s.caption) == split]
 
 # %% ../../nbs/menagerie/03_captions.ipynb #50c6661a
 FREQUENCY = {"dull": .3, "blur": .2, "watermark": .2, "noise": .1, "flicker": .1, "jitter": .1}
 
 def random_defects(
-    rng, # numpy Generator
+    rng:np.random.Generator,
 )->tuple: # ((name, strength), ...)
     "None for 40 % of the clips, else one (70 %) or two defects with strengths in [.2, 1]."
     if rng.random() < .4: return ()
@@ -69,7 +71,12 @@ def scenes(
     pool = combinations(split, group)
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     pick = [pool[i] for i in rng.integers(len(pool), size=n)]
-    return [Scene(s.species, s.motion, s.place, int(rng.integers(2 ** 31)), () if clean else random_defects(rng)) for s in pick]
+    drawn = []
+    for scene in pick:
+        seed = int(rng.integers(2 ** 31))
+        defects = () if clean else random_defects(rng)
+        drawn.append(Scene(scene.species, scene.motion, scene.place, seed, defects))
+    return drawn
 
 # %% ../../nbs/menagerie/03_captions.ipynb #6ee83152
 def prompts(
@@ -80,15 +87,13 @@ def prompts(
 )->list: # of str, all different
     "Different captions of a split in random order."
     every = sorted(s.caption for s in combinations(split, group))
-    if n > len(every): raise ValueError(f"{n} prompts asked for, but {split}{f' / {group}' if group else ''} has {len(every)}")
+    where = f"{split} / {group}" if group else split
+    if n > len(every): raise ValueError(f"{n} prompts asked for, but {where} has {len(every)}")
     return [every[i] for i in np.random.default_rng(seed).permutation(len(every))[:n]]
-
-# %% ../../nbs/menagerie/03_captions.ipynb #2ef81de3
-from ..video import export_videofolder
 
 # %% ../../nbs/menagerie/03_captions.ipynb #585298f8
 def export_clips(
-    folder, # made if absent
+    folder:str|Path, # made if absent
     split:str="tune", # one of `SPLITS`
     n:int=100, # clips
     seed:int=0, # which ones

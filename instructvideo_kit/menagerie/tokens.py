@@ -6,14 +6,15 @@
 __all__ = ['MAX_TOKENS', 'byte_letters', 'spell', 'left_to_right', 'spelling', 'menagerie_tokenizer', 'token_ids']
 
 # %% ../../nbs/menagerie/04_tokens.ipynb #9303d006
+import torch
 from transformers import CLIPTokenizer
 
-from .captions import combinations, SPLITS
+from .captions import SPLITS, combinations
 
 # %% ../../nbs/menagerie/04_tokens.ipynb #fd9153a0
 MAX_TOKENS = 16 # with start and end marks
 
-def byte_letters():
+def byte_letters()->list: # of 256 letters, by byte
     "The 256 printable stand-ins for bytes that byte-level BPE uses (GPT-2's table, which CLIP shares)."
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in kept]
@@ -22,45 +23,52 @@ def byte_letters():
 # %% ../../nbs/menagerie/04_tokens.ipynb #7d56b32a
 def spell(
     word:str, # one word
-    rank, # dict: pair of pieces -> its place in the list of merges
+    rank:dict, # pair of pieces -> its place in the list of merges
 )->list: # pieces
     "Byte-pair encoding of one word: apply the earliest merge until none applies."
     pieces = [*word[:-1], word[-1] + "</w>"]
     while len(pieces) > 1:
-        first = min(range(len(pieces) - 1), key=lambda i: rank.get((pieces[i], pieces[i + 1]), float("inf")))
-        if (pieces[first], pieces[first + 1]) not in rank: break
+        places = [rank.get(pair, float("inf")) for pair in zip(pieces, pieces[1:])]
+        first = places.index(min(places))
+        if places[first] == float("inf"): break
         pieces[first:first + 2] = ["".join(pieces[first:first + 2])]
     return pieces
 
 # %% ../../nbs/menagerie/04_tokens.ipynb #0df7b6d9
-def left_to_right(pieces):
+def left_to_right(
+    pieces:list, # of a word
+)->list: # of pairs
     "The pairs that join pieces from the left."
     return [("".join(pieces[:i]), pieces[i]) for i in range(1, len(pieces))]
 
 # %% ../../nbs/menagerie/04_tokens.ipynb #f0e62927
 def spelling(
-    words, # of the world
+    words:list, # of the world
 )->tuple: # vocabulary (list) and merges (list of pairs)
     "A vocabulary and merges that make every word one token."
-    letters = [l + end for end in ("", "</w>") for l in byte_letters()]
-    merges = list(dict.fromkeys(pair for word in words for pair in left_to_right([*word[:-1], word[-1] + "</w>"])))
-    rank = {pair: i for i, pair in enumerate(merges)}
+    letters = byte_letters() + [letter + "</w>" for letter in byte_letters()]
+    rank = {} # pair -> its place; the first to come stays
+    for word in words:
+        for pair in left_to_right([*word[:-1], word[-1] + "</w>"]): rank.setdefault(pair, len(rank))
     for word in words:
         for pair in left_to_right(spell(word, rank)): rank.setdefault(pair, len(rank))
-    made = dict.fromkeys(a + b for a, b in rank)
-    return [*letters, *(m for m in made if m not in set(letters)), "<|startoftext|>", "<|endoftext|>"], list(rank)
+    made = [piece for piece in dict.fromkeys(a + b for a, b in rank) if piece not in letters]
+    return [*letters, *made, "<|startoftext|>", "<|endoftext|>"], list(rank)
 
 # %% ../../nbs/menagerie/04_tokens.ipynb #a4cce09c
-def menagerie_tokenizer():
+def menagerie_tokenizer()->CLIPTokenizer:
     "A CLIPTokenizer for the menagerie's captions, at most 16 tokens."
-    words = sorted({w for split in SPLITS for s in combinations(split) for w in s.caption.split()})
-    vocabulary, merges = spelling(words)
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(vocabulary)}, merges=merges, model_max_length=MAX_TOKENS)
+    words = set()
+    for split in SPLITS:
+        for scene in combinations(split): words.update(scene.caption.split())
+    vocabulary, merges = spelling(sorted(words))
+    numbers = {token: i for i, token in enumerate(vocabulary)}
+    return CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=MAX_TOKENS)
 
 # %% ../../nbs/menagerie/04_tokens.ipynb #6cfc8de1
 def token_ids(
-    tokenizer, # of a CLIP model
-    captions, # list of str
-)->"torch.Tensor": # (n, max tokens) long
+    tokenizer:CLIPTokenizer, # of a CLIP model
+    captions:list, # of str
+)->torch.Tensor: # (n, max tokens) long
     "Captions as token numbers, padded and cut to the tokenizer's length."
     return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids

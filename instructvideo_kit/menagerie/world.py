@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from einops import rearrange, repeat
 
-from .sprites import SUBJECTS, COLUMNS, STRIPES, SPOTS, rgb
+from .sprites import SPOTS, STRIPES, SUBJECTS, rgb
 
 # %% ../../nbs/menagerie/01_world.ipynb #3cd95918
 NAMES = list(SUBJECTS)
@@ -29,11 +29,20 @@ VERBS = {
 }
 VERB_OF = {species: verb for verb, names in VERBS.items() for species in names.split()}
 MOTIONS = {
-    "left": "{verb} to the left", "right": "{verb} to the right", "closer": "coming closer", "away": "going away",
-    "jump": "jumping up and down", "rest": "resting",
+    "left": "{verb} to the left",
+    "right": "{verb} to the right",
+    "closer": "coming closer",
+    "away": "going away",
+    "jump": "jumping up and down",
+    "rest": "resting",
 }
 PLACES = {
-    "meadow": "in the meadow", "sea": "under the sea", "sky": "in the sky", "desert": "in the desert", "snow": "in the snow", "night": "at night",
+    "meadow": "in the meadow",
+    "sea": "under the sea",
+    "sky": "in the sky",
+    "desert": "in the desert",
+    "snow": "in the snow",
+    "night": "at night",
 }
 PLACE_NAMES = list(PLACES)
 
@@ -41,17 +50,18 @@ PLACE_NAMES = list(PLACES)
 @dataclass(frozen=True)
 class Scene:
     "What one clip shows: `render` draws it, `caption` says it (never its defects)."
-    species: str # a key of `SUBJECTS`
-    motion: str # a key of `MOTIONS`
-    place: str # a key of `PLACES`
-    seed: int = 0 # of everything the caption leaves open
-    defects: tuple = () # ((name, strength in [0, 1]), ...), see the next notebook
+    species:str # a key of `SUBJECTS`
+    motion:str # a key of `MOTIONS`
+    place:str # a key of `PLACES`
+    seed:int = 0 # of everything the caption leaves open
+    defects:tuple = () # ((name, strength in [0, 1]), ...), see the next notebook
 
     @property
-    def caption(self):
+    def caption(self)->str:
         "The caption, such as *a fox walking to the left in the meadow*."
         article = "an" if self.species[0] in "aeio" else "a"
-        return f"{article} {self.species} {MOTIONS[self.motion].format(verb=VERB_OF.get(self.species, 'walking'))} {PLACES[self.place]}"
+        motion = MOTIONS[self.motion].format(verb=VERB_OF.get(self.species, "walking"))
+        return f"{article} {self.species} {motion} {PLACES[self.place]}"
 
 # %% ../../nbs/menagerie/01_world.ipynb #72b9aa49
 #         sky top   horizon   ground    far ground  horizon y  outline
@@ -66,64 +76,114 @@ BACKDROPS = {
 
 # %% ../../nbs/menagerie/01_world.ipynb #06a1fb12
 def prop(
-    x, y, rx, ry, # centre and half axes in frame units, y down
+    x:float, y:float, # centre in frame units, y down
+    rx:float, ry:float, # half axes
     fill:str, # colour, hex
-    angle=0., # radians
-    drift=0., # how far it moves to the right over the clip, frame units
+    angle:float=0., # radians
+    drift:float=0., # how far it moves to the right over the clip, frame units
 )->tuple: # one row of numbers
     "One ellipse of a place's furniture."
     return (x, y, rx, ry, angle, drift, *rgb(fill))
 
 # %% ../../nbs/menagerie/01_world.ipynb #65cb4623
-def cloud(x, y, drift=.06):
+def cloud(
+    x:float, y:float, # centre of the larger one, frame units, y down
+    drift:float=.06, # frame units over the clip
+)->list: # of rows
     "Two white ellipses that drift."
     return [prop(x, y, .13, .045, "ffffff", 0, drift), prop(x + .06, y - .03, .08, .05, "ffffff", 0, drift)]
 
 # %% ../../nbs/menagerie/01_world.ipynb #98e19ff2
+def _dots(
+    radius:float, # frame units
+    *places, # (x, y, colour)
+)->list: # of rows
+    "Small round things: flowers, bubbles, stars."
+    return [prop(x, y, radius, radius, colour) for x, y, colour in places]
+
+def _fir(
+    x:float, # frame units
+)->list: # of rows
+    "Two green boughs and a white top."
+    bough, top = prop(x, .6, .075, .075 * .9, "2f6b4f"), prop(x, .46, .035, .035 * .9, "e8f4ff")
+    return [bough, prop(x, .52, .055, .055 * .9, "3a7d5d"), top]
+
 FURNITURE = {
     "meadow": [
-        prop(.8, .14, .085, .085, "ffe95c"), *cloud(.2, .14), prop(.2, .66, .42, .12, "6cc04a"), prop(.85, .68, .5, .13, "5fb843"),
-        *[prop(x, y, .022, .022, c) for x, y, c in ((.08, .8, "ff5f7a"), (.3, .93, "ffe95c"), (.62, .9, "ffffff"), (.92, .82, "ff9ad0"))]],
+        prop(.8, .14, .085, .085, "ffe95c"),
+        *cloud(.2, .14),
+        prop(.2, .66, .42, .12, "6cc04a"),
+        prop(.85, .68, .5, .13, "5fb843"),
+        *_dots(.022, (.08, .8, "ff5f7a"), (.3, .93, "ffe95c"), (.62, .9, "ffffff"), (.92, .82, "ff9ad0")),
+    ],
     "sea": [
-        prop(.5, .0, .5, .07, "7fd6f5"), *[prop(x, y, .022, .12, "1f8f6a", a) for x, y, a in ((.08, .84, .2), (.13, .86, -.15), (.9, .84, -.2))],
-        *[prop(x, y, .022, .022, "c4efff") for x, y in ((.84, .3), (.88, .2), (.14, .42), (.82, .48))], prop(.74, .93, .05, .03, "ff8f7a")],
+        prop(.5, .0, .5, .07, "7fd6f5"),
+        prop(.08, .84, .022, .12, "1f8f6a", .2),
+        prop(.13, .86, .022, .12, "1f8f6a", -.15),
+        prop(.9, .84, .022, .12, "1f8f6a", -.2),
+        *_dots(.022, (.84, .3, "c4efff"), (.88, .2, "c4efff"), (.14, .42, "c4efff"), (.82, .48, "c4efff")),
+        prop(.74, .93, .05, .03, "ff8f7a"),
+    ],
     "sky": [
-        *cloud(.16, .2), *cloud(.72, .12, .08), *cloud(.5, .88, .1), prop(.1, .86, .16, .06, "ffffff", 0, .1),
-        prop(.94, .76, .14, .05, "ffffff", 0, .08)],
+        *cloud(.16, .2),
+        *cloud(.72, .12, .08),
+        *cloud(.5, .88, .1),
+        prop(.1, .86, .16, .06, "ffffff", 0, .1),
+        prop(.94, .76, .14, .05, "ffffff", 0, .08),
+    ],
     "desert": [
-        prop(.2, .16, .09, .09, "fff3b0"), prop(.15, .68, .45, .12, "e9b765"), prop(.8, .7, .5, .14, "dfa656"),
-        prop(.9, .6, .028, .12, "4f8f3f"), prop(.855, .6, .045, .018, "4f8f3f"), prop(.83, .56, .018, .05, "4f8f3f")],
+        prop(.2, .16, .09, .09, "fff3b0"),
+        prop(.15, .68, .45, .12, "e9b765"),
+        prop(.8, .7, .5, .14, "dfa656"),
+        prop(.9, .6, .028, .12, "4f8f3f"),
+        prop(.855, .6, .045, .018, "4f8f3f"),
+        prop(.83, .56, .018, .05, "4f8f3f"),
+    ],
     "snow": [
-        prop(.5, .12, .08, .08, "fffbe6"), prop(.15, .68, .4, .13, "ffffff"), prop(.8, .7, .5, .15, "ffffff"),
-        *[prop(x, y, r, r * .9, c) for x in (.1, .9) for y, r, c in ((.6, .075, "2f6b4f"), (.52, .055, "3a7d5d"), (.46, .035, "e8f4ff"))]],
+        prop(.5, .12, .08, .08, "fffbe6"),
+        prop(.15, .68, .4, .13, "ffffff"),
+        prop(.8, .7, .5, .15, "ffffff"),
+        *_fir(.1),
+        *_fir(.9),
+    ],
     "night": [
-        prop(.2, .16, .09, .09, "fff6d0"), prop(.235, .135, .07, .07, "14163f"),
-        *[prop(x, y, .016, .016, "ffffff") for x, y in ((.45, .1), (.62, .24), (.78, .08), (.9, .3), (.06, .38), (.36, .34), (.95, .14))],
-        prop(.2, .7, .42, .12, "17342f"), prop(.85, .72, .5, .13, "204640")],
+        prop(.2, .16, .09, .09, "fff6d0"),
+        prop(.235, .135, .07, .07, "14163f"),
+        *_dots(.016, (.45, .1, "ffffff"), (.62, .24, "ffffff"), (.78, .08, "ffffff"), (.9, .3, "ffffff")),
+        *_dots(.016, (.06, .38, "ffffff"), (.36, .34, "ffffff"), (.95, .14, "ffffff")),
+        prop(.2, .7, .42, .12, "17342f"),
+        prop(.85, .72, .5, .13, "204640"),
+    ],
 }
 
 # %% ../../nbs/menagerie/01_world.ipynb #81d95b3c
 def padded(
-    lists, # lists of rows of numbers, one list per subject or place
+    lists:list, # lists of rows of numbers, one list per subject or place
 )->tuple: # values (n, longest, columns) and mask (n, longest), float32
     "Ragged lists of rows as one tensor with a mask."
     longest = max(map(len, lists))
     values = np.zeros((len(lists), longest, len(lists[0][0])), np.float32)
     mask = np.zeros((len(lists), longest), np.float32)
-    for i, rows in enumerate(lists): values[i, :len(rows)], mask[i, :len(rows)] = rows, 1
+    for i, rows in enumerate(lists):
+        values[i, :len(rows)] = rows
+        mask[i, :len(rows)] = 1
     return torch.from_numpy(values), torch.from_numpy(mask)
 
 # %% ../../nbs/menagerie/01_world.ipynb #9e2cc9a8
 PARTS, PART_MASK = padded([SUBJECTS[n] for n in NAMES])
 PROPS, PROP_MASK = padded([FURNITURE[p] for p in PLACE_NAMES])
-BACKDROP = torch.tensor([[*rgb(a), *rgb(b), *rgb(c), *rgb(d), horizon, *rgb(rim)] for a, b, c, d, horizon, rim in BACKDROPS.values()])
+def _backdrop_row(top, horizon_colour, ground, far, horizon, outline):
+    "One row of numbers: four colours, the height of the horizon, the colour of outlines."
+    return [*rgb(top), *rgb(horizon_colour), *rgb(ground), *rgb(far), horizon, *rgb(outline)]
+
+BACKDROP = torch.tensor([_backdrop_row(*entry) for entry in BACKDROPS.values()])
 
 # %% ../../nbs/menagerie/01_world.ipynb #5c3ebc63
 def ellipse_distance(
-    u, v, # pixel coordinates relative to its centre
-    rx, ry, # half axes, same unit
-    angle, # radians
-)->"torch.Tensor": # signed distance, negative inside, same unit
+    u:torch.Tensor, v:torch.Tensor, # pixel coordinates relative to its centre
+    rx:torch.Tensor, ry:torch.Tensor, # half axes, same unit
+    angle:torch.Tensor, # radians
+)->torch.Tensor: # signed distance, negative inside, same unit
     "Signed distance of every pixel to an ellipse (first-order estimate, bounded by its box)."
     c, s = torch.cos(angle), torch.sin(angle)
     rx, ry = rx.clamp(min=5e-3), ry.clamp(min=5e-3)
@@ -133,36 +193,39 @@ def ellipse_distance(
     return torch.maximum(k * (k - 1) / slope, torch.maximum(a.abs() - rx, b.abs() - ry))
 
 # %% ../../nbs/menagerie/01_world.ipynb #f9b46545
-def draws(scenes):
-    "The random numbers (b, 16) in [0, 1) that decide what captions leave open; each row depends on its scene's seed only."
+def draws(
+    scenes:list, # of `Scene`
+)->torch.Tensor: # (b, 16) in [0, 1)
+    "The random numbers that decide what captions leave open; each row depends on its scene's seed only."
     return torch.from_numpy(np.stack([np.random.default_rng([s.seed, 7]).random(16, np.float32) for s in scenes]))
 
 # %% ../../nbs/menagerie/01_world.ipynb #f4f3adaa
-def stands(scene):
+def stands(scene:Scene)->bool:
     "Does the subject stand on the ground here? (Not in water, not in the air, and not if it flies.)"
-    return scene.place not in ("sea", "sky") and VERB_OF.get(scene.species) != "flying" and scene.species not in ("balloon", "rocket")
+    flies = VERB_OF.get(scene.species) == "flying" or scene.species in ("balloon", "rocket")
+    return scene.place not in ("sea", "sky") and not flies
 
 # %% ../../nbs/menagerie/01_world.ipynb #8217a2da
 @dataclass
 class Pose:
     "Pose in each frame, tensors of (b, f): frame units, y down; angles in radians."
-    x: torch.Tensor # centre
-    y: torch.Tensor # centre
-    size: torch.Tensor # half the subject's size
-    facing: torch.Tensor # 1 to the right, -1 to the left
-    gait: torch.Tensor # phase of legs, wings and tails
-    swing: torch.Tensor # how far they swing, 1 when moving
-    floor: torch.Tensor # y of its shadow (9 where there is none)
-    hop: torch.Tensor # height of a jump, 0 to 1
+    x:torch.Tensor # centre
+    y:torch.Tensor # centre
+    size:torch.Tensor # half the subject's size
+    facing:torch.Tensor # 1 to the right, -1 to the left
+    gait:torch.Tensor # phase of legs, wings and tails
+    swing:torch.Tensor # how far they swing, 1 when moving
+    floor:torch.Tensor # y of its shadow (9 where there is none)
+    hop:torch.Tensor # height of a jump, 0 to 1
 
 # %% ../../nbs/menagerie/01_world.ipynb #0da51581
 def pose(
-    scenes, # list of `Scene`
-    t, # time (b, f) in [0, 1]
+    scenes:list, # of `Scene`
+    t:torch.Tensor, # time (b, f) in [0, 1]
 )->Pose: # tensors (b, f)
     "Where each subject is at time t: the motion of its caption, everything else from its seed."
     r = draws(scenes)
-    column = lambda values: torch.tensor(list(values), dtype=torch.float32)[:, None]
+    def column(values): return torch.tensor(list(values), dtype=torch.float32)[:, None]
     is_ = {m: column(s.motion == m for s in scenes) for m in MOTIONS}
     ground = column(stands(s) for s in scenes)
     size = .33 + .04 * (r[:, :1] - .5) * 2
@@ -171,37 +234,48 @@ def pose(
     scale = 1 + is_["closer"] * (.72 * t - .46) + is_["away"] * (.26 - .72 * t)
     floor = .86 - .05 * (1 - scale)
     hop = is_["jump"] * (2 * math.pi * t).sin().abs()
-    y = ground * (.86 - size * scale * .78 - .05 * (1 - scale)) + (1 - ground) * (.48 + .06 * (r[:, 5:6] - .5) + .06 * is_["jump"])
-    return Pose(x, y - hop * .22, size * scale, facing.expand_as(t), 2 * math.pi * (2 * t + r[:, 6:7]), (1 - .75 * is_["rest"]).expand_as(t),
-                torch.where(ground > 0, floor, torch.full_like(y, 9.)), hop)
+    standing = .86 - size * scale * .78 - .05 * (1 - scale)
+    floating = .48 + .06 * (r[:, 5:6] - .5) + .06 * is_["jump"]
+    y = ground * standing + (1 - ground) * floating
+    gait = 2 * math.pi * (2 * t + r[:, 6:7])
+    swing = (1 - .75 * is_["rest"]).expand_as(t)
+    shadow = torch.where(ground > 0, floor, torch.full_like(y, 9.))
+    return Pose(x, y - hop * .22, size * scale, facing.expand_as(t), gait, swing, shadow, hop)
 
 # %% ../../nbs/menagerie/01_world.ipynb #0a6bbfdc
 def over(
-    image, # (n, 3, h, w)
-    cover, # (n, h, w) in [0, 1]
-    colour, # broadcasts to (n, 3, h, w)
-)->"torch.Tensor": # (n, 3, h, w)
+    image:torch.Tensor, # (n, 3, h, w)
+    cover:torch.Tensor, # (n, h, w) in [0, 1]
+    colour:torch.Tensor, # broadcasts to (n, 3, h, w)
+)->torch.Tensor: # (n, 3, h, w)
     "Paint a colour where `cover` says so."
     return image + cover[:, None] * (colour - image)
 
 # %% ../../nbs/menagerie/01_world.ipynb #84a6be0b
 def backdrop(
-    place, # (n,) index into `PLACE_NAMES`
-    bend, # (n,) in [0, 1): shape of the horizon
-    X, Y, # pixel centres, (1, 1, w) and (1, h, 1), frame units
-)->"torch.Tensor": # (n, 3, h, w)
+    place:torch.Tensor, # (n,) index into `PLACE_NAMES`
+    bend:torch.Tensor, # (n,) in [0, 1): shape of the horizon
+    X:torch.Tensor, Y:torch.Tensor, # pixel centres, (1, 1, w) and (1, h, 1), frame units
+)->torch.Tensor: # (n, 3, h, w)
     "Sky and ground."
     rows = BACKDROP[place]
-    colour = lambda i: rows[:, i:i + 3, None, None]
+    def colour(i): return rows[:, i:i + 3, None, None]
     horizon = rearrange(rows[:, 12], "n -> n 1 1") + .03 * torch.sin(X * 5 + rearrange(bend, "n -> n 1 1") * 6.3)
     up = (Y / horizon.clamp(max=1.)).clamp(0, 1)[:, None]
     down = ((Y - horizon) / (1 - horizon).clamp(min=.05)).clamp(0, 1)[:, None]
-    sky, ground = colour(0) * (1 - up) + colour(3) * up, colour(9) * (1 - down) + colour(6) * down
+    sky = colour(0) * (1 - up) + colour(3) * up
+    ground = colour(9) * (1 - down) + colour(6) * down
     return over(sky, ((Y - horizon) / X.diff().mean() + .5).clamp(0, 1), ground)
 
 # %% ../../nbs/menagerie/01_world.ipynb #4e3593aa
-def furnish(image, place, sway, t, X, Y):
-    "Paint the furniture of each place; clouds drift with time t (n,), all of it stands a little elsewhere in each clip (`sway`, n)."
+def furnish(
+    image:torch.Tensor, # (n, 3, h, w)
+    place:torch.Tensor, # (n,) index into `PLACE_NAMES`
+    sway:torch.Tensor, # (n,) in [0, 1): all of it stands a little elsewhere in each clip
+    t:torch.Tensor, # (n,) time in [0, 1]: clouds drift
+    X:torch.Tensor, Y:torch.Tensor, # pixel centres, as for `backdrop`
+)->torch.Tensor: # (n, 3, h, w)
+    "Paint the furniture of each place."
     pixel, one = X.diff().mean(), "n -> n 1 1"
     for p in range(PROPS.shape[1]):
         live = PROP_MASK[place, p]
@@ -215,15 +289,23 @@ def furnish(image, place, sway, t, X, Y):
     return image
 
 # %% ../../nbs/menagerie/01_world.ipynb #efbc33bf
-def shade_ground(image, q, X, Y):
+def shade_ground(
+    image:torch.Tensor, # (n, 3, h, w)
+    q:Pose, # tensors (n, 1, 1)
+    X:torch.Tensor, Y:torch.Tensor, # pixel centres, as for `backdrop`
+)->torch.Tensor: # (n, 3, h, w)
     "Paint the subject's shadow; it shrinks while the subject is in the air."
     s = q.size * (1 - .4 * q.hop)
     d = ellipse_distance(X - q.x, Y - q.floor, q.size * .62 * (1 - .4 * q.hop), s * .1 + 1e-3, torch.zeros(()))
     return over(image, .38 * (.5 - d / (2 * X.diff().mean())).clamp(0, 1), torch.zeros(()))
 
 # %% ../../nbs/menagerie/01_world.ipynb #b522dfd1
-def place_parts(kind, q, U, V, unit):
-    "Signed distance and local coordinates of every part: list of (part number, distance, u, v), each (n, h, w)."
+def place_parts(
+    kind:torch.Tensor, # (n,) index into `NAMES`
+    q:Pose, # tensors (n, 1, 1)
+    U:torch.Tensor, V:torch.Tensor, # pixel centres as the subject sees them, (n, h, w)
+)->list: # of (part number, distance, u, v), each (n, h, w)
+    "Signed distance and local coordinates of every part."
     layers, one = [], "n -> n 1 1"
     for p in range(PARTS.shape[1]):
         live = rearrange(PART_MASK[kind, p], one)
@@ -238,8 +320,12 @@ def place_parts(kind, q, U, V, unit):
     return layers
 
 # %% ../../nbs/menagerie/01_world.ipynb #33a2146e
-def part_colour(rows, u, v, unit):
-    "Colour (n, 3, h, w) of a part at its local coordinates: plain, striped or spotted."
+def part_colour(
+    rows:torch.Tensor, # (n, columns) of one part
+    u:torch.Tensor, v:torch.Tensor, # local coordinates (n, h, w)
+    unit:torch.Tensor, # size of a pixel, in the subject's units
+)->torch.Tensor: # (n, 3, h, w)
+    "Colour of a part at its local coordinates: plain, striped or spotted."
     pattern, freq = (rearrange(rows[:, i], "n -> n 1 1") for i in (9, 10))
     soft = .35 + freq * unit * .5
     stripes = (torch.sin(u * freq + 1.2 * torch.sin(v * 3)) / soft).clamp(-1, 1) * .5 + .5
@@ -249,24 +335,31 @@ def part_colour(rows, u, v, unit):
     return first + mix * (second - first)
 
 # %% ../../nbs/menagerie/01_world.ipynb #dcafaa08
-def paint_subject(image, kind, place, q, X, Y):
+def paint_subject(
+    image:torch.Tensor, # (n, 3, h, w)
+    kind:torch.Tensor, # (n,) index into `NAMES`
+    place:torch.Tensor, # (n,) index into `PLACE_NAMES`: its colour of outlines
+    q:Pose, # tensors (n, 1, 1)
+    X:torch.Tensor, Y:torch.Tensor, # pixel centres, as for `backdrop`
+)->torch.Tensor: # (n, 3, h, w)
     "Paint the outline, then the parts in order."
-    U, V, unit = (X - q.x) / q.size * q.facing, -(Y - q.y) / q.size, X.diff().mean() / q.size
-    layers = place_parts(kind, q, U, V, unit)
+    unit = X.diff().mean() / q.size
+    layers = place_parts(kind, q, (X - q.x) / q.size * q.facing, -(Y - q.y) / q.size)
     edge = torch.stack([d for _, d, _, _ in layers]).amin(0)
     image = over(image, .8 * (1.4 - edge / unit).clamp(0, 1), BACKDROP[place, 13:16, None, None])
-    for p, d, u, v in layers: image = over(image, (.5 - d / unit).clamp(0, 1), part_colour(PARTS[kind, p], u, v, unit))
+    for p, d, u, v in layers:
+        image = over(image, (.5 - d / unit).clamp(0, 1), part_colour(PARTS[kind, p], u, v, unit))
     return image
 
 # %% ../../nbs/menagerie/01_world.ipynb #6e1abdd9
 def draw(
-    scenes, # list of `Scene`
-    t, # time (b, f) in [0, 1]
+    scenes:list, # of `Scene`
+    t:torch.Tensor, # time (b, f) in [0, 1]
     size:int, # height and width, pixels
-)->"torch.Tensor": # (b, f, 3, size, size) in [0, 1], without defects
+)->torch.Tensor: # (b, f, 3, size, size) in [0, 1], without defects
     "Draw scenes at the times asked for, without their defects."
     b, f = t.shape
-    each = lambda v: repeat(v, "b -> (b f)", f=f)
+    def each(v): return repeat(v, "b -> (b f)", f=f)
     place = each(torch.tensor([PLACE_NAMES.index(s.place) for s in scenes]))
     kind = each(torch.tensor([NAMES.index(s.species) for s in scenes]))
     centre = (torch.arange(size) + .5) / size

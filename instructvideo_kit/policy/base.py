@@ -374,9 +374,11 @@ def lost_words(
     prompt:str, # a caption
 )->str: # its last words, those that do not fit (the first of them may fit in part); empty if all do
     "What the text encoder does not read of a caption."
-    words = prompt.split()
-    fits = lambda n: len(self.tokenizer(" ".join(words[:n]), verbose=False).input_ids) <= self.max_tokens
-    return " ".join(words[next(n for n in range(len(words), -1, -1) if fits(n)):])
+    def fits(text): return len(self.tokenizer(text, verbose=False).input_ids) <= self.max_tokens
+    if fits(prompt): return ""
+    from instructvideo_kit.video.folder import caption_words # a Chinese or Japanese character counts as a word
+
+    return prompt[max((at for at, _ in caption_words(prompt) if fits(prompt[:at].rstrip())), default=0):]
 
 
 @patch

@@ -120,7 +120,9 @@ class ClipReward(nn.Module):
         "Warn for each caption that does not fit."
         for prompt, ids in zip(prompts, self.tokenizer(prompts, verbose=False)["input_ids"]):
             if len(ids) <= self.max_tokens: continue
-            lost = self.tokenizer.decode(ids[self.max_tokens - 1:-1])
+            first = self.max_tokens - 1
+            while first > 1 and self.tokenizer.decode(ids[first:-1]).startswith("\ufffd"): first -= 1 # half a character
+            lost = self.tokenizer.decode(ids[first:-1])
             warnings.warn(f'{self.name} reads {self.max_tokens} tokens; of "{prompt[:40]}..." it does not see: "{lost}"')
 
     @classmethod

@@ -7,12 +7,16 @@ __all__ = ['SMALL', 'LAMBDAS', 'ACTIONS', 'picture_url', 'one_clip', 'RunStopped
            'Canvas', 'pipeline_generate']
 
 # %% ../../nbs/widgets/07_canvas.ipynb #889da52d
-import base64, io, threading, time
+import base64
+import io
+import threading
+import time
 from importlib import resources
 from pathlib import Path
 
-import anywidget, traitlets
+import anywidget
 import torch
+import traitlets
 from PIL import Image
 
 from ..files import KitError, near
@@ -33,15 +37,18 @@ def picture_url(
         data = buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
+# %% ../../nbs/widgets/07_canvas.ipynb #899a3aec
 def one_clip(
     video, # what `generate` returned
 )->torch.Tensor: # (f, 3, h, w) in [0, 1], on the CPU
     "The clip in it; KitError when it is neither (f, 3, h, w) nor (1, f, 3, h, w), or holds NaN."
-    if not isinstance(video, torch.Tensor): raise KitError(f"generate returned {type(video).__name__}; expected a tensor (f, 3, h, w)")
+    if not isinstance(video, torch.Tensor):
+        raise KitError(f"generate returned {type(video).__name__}; expected a tensor (f, 3, h, w)")
     if video.ndim == 5 and len(video) == 1: video = video[0]
     if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape:
         raise KitError(f"generate returned the shape {tuple(video.shape)}; expected (f, 3, h, w)")
-    if not video.isfinite().all(): raise KitError("generate returned NaN or infinite pixels; look at the model that made them")
+    if not video.isfinite().all():
+        raise KitError("generate returned NaN or infinite pixels; look at the model that made them")
     return video.detach().float().cpu().clamp(0, 1)
 
 # %% ../../nbs/widgets/07_canvas.ipynb #7db44b75
@@ -49,22 +56,27 @@ LAMBDAS = (1.0, 0.75, 0.5, 0.25, 0.0) # of the comparison
 
 class RunStopped(Exception): "Raised inside `generate` by `progress` once stop was pressed."
 
+# %% ../../nbs/widgets/07_canvas.ipynb #f4c3169b
 def seconds(
     left:float, # seconds
 )->str:
     "A time left as a person says it."
     return f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
 
+# %% ../../nbs/widgets/07_canvas.ipynb #f2a6b65c
 class CanvasController:
-    "What the canvas does, without a browser: a session that saves itself, and at most one run of `generate` at a time, in a thread."
+    "What the canvas does, without a browser: a session that saves itself, and one run of `generate` at a time."
     def __init__(self,
         image, # PIL image, or tensor (3, h, w) or (1, 3, h, w) in [0, 1]
         generate, # callable (session, progress, stop) -> clip (f, 3, h, w) or (1, f, 3, h, w) in [0, 1]
         path=None, # JSON file: gone on from when it exists, written after every step; None: nothing is kept
         changed=lambda: None, # called when there is something new to show, from the thread of the run as well
     ):
-        "KitError when the file at `path` is damaged, of another version or of another size of picture; it is left as it is."
-        self.image, self.generate, self.path, self.changed = torch.from_numpy(pixels(image)).permute(2, 0, 1), generate, path, changed
+        "KitError when the file at `path` is damaged, of another version or picture size; it is left as it is."
+        self.image = torch.from_numpy(pixels(image)).permute(2, 0, 1)
+        self.generate = generate
+        self.path = path
+        self.changed = changed
         self.session = EditSession(*reversed(self.image.shape[1:]))
         if path is not None and Path(path).exists(): self.session.load(path)
         self.video, self.strip, self.error = None, {}, None # last clip; lam -> clip; what `generate` raised last
@@ -73,9 +85,10 @@ class CanvasController:
         self.status = dict(message="", notice="", step=0, steps=0, busy=False)
 
     def tell(self, message:str=None, notice:str=None, step:int=0, steps:int=0):
-        "Say how the run goes, or what was refused (which stays until the next message is not); None leaves what was said."
-        said = dict(message=message, notice=notice, **(dict(step=step, steps=steps) if message is not None else {}))
-        self.status = {**self.status, "busy": self.busy, **{name: value for name, value in said.items() if value is not None}}
+        "Say how the run goes, or what was refused (it stays until the next message is not); None leaves what was said."
+        self.status = {**self.status, "busy": self.busy}
+        if message is not None: self.status.update(message=message, step=step, steps=steps)
+        if notice is not None: self.status["notice"] = notice
 
 # %% ../../nbs/widgets/07_canvas.ipynb #7a1e8d32
 from fastcore.basics import patch
@@ -179,11 +192,13 @@ def one(self:CanvasController, session, index, of, started):
 
 @patch
 def publish(self:CanvasController, sessions, clips, several):
-    "Keep the clips and make the pictures for the page; a comparison shows the clip nearest to the session's lambda as its result."
-    pages = [dict(lam=s.lam, seed=s.seed, frames=[picture_url(frame) for frame in clip]) for s, clip in zip(sessions, clips)]
+    "Keep the clips and make the page's pictures; a comparison's result is the clip nearest to the session's lambda."
+    pages = []
+    for session, clip in zip(sessions, clips):
+        pages.append(dict(lam=session.lam, seed=session.seed, frames=[picture_url(frame) for frame in clip]))
     best = min(range(len(clips)), key=lambda i: abs(sessions[i].lam - self.session.lam))
     self.video, self.clip_page = clips[best], pages[best]
-    if several: self.strip, self.strip_page = {s.lam: clip for s, clip in zip(sessions, clips)}, pages
+    if several: self.strip, self.strip_page = dict(zip([s.lam for s in sessions], clips)), pages
 
 # %% ../../nbs/widgets/07_canvas.ipynb #0c8d6a61
 def beside(
@@ -192,11 +207,16 @@ def beside(
     "The text of a file that lies beside this module."
     return resources.files("instructvideo_kit.widgets").joinpath(name).read_text(encoding="utf-8")
 
+# %% ../../nbs/widgets/07_canvas.ipynb #414c2980
 class Canvas(anywidget.AnyWidget):
     "Paint, mask, drag and describe; generate, stop and compare; `controller` holds the session and the clips."
     _esm, _css = beside("canvas.js"), beside("canvas.css")
-    picture, note, fps = traitlets.Unicode().tag(sync=True), traitlets.Unicode().tag(sync=True), traitlets.Float(8).tag(sync=True)
-    session, status, clip = traitlets.Dict().tag(sync=True), traitlets.Dict().tag(sync=True), traitlets.Dict().tag(sync=True)
+    picture = traitlets.Unicode().tag(sync=True)
+    note = traitlets.Unicode().tag(sync=True)
+    fps = traitlets.Float(8).tag(sync=True)
+    session = traitlets.Dict().tag(sync=True)
+    status = traitlets.Dict().tag(sync=True)
+    clip = traitlets.Dict().tag(sync=True)
     strip = traitlets.List().tag(sync=True)
 
     def __init__(self,
@@ -211,14 +231,19 @@ class Canvas(anywidget.AnyWidget):
         self.on_msg(lambda widget, message, buffers: self.receive(message))
 
     def receive(self, message:dict):
-        "One message of the page: the controller's answer carries its number, so that the page knows what has been read."
+        "One message of the page: the answer carries its number, so that the page knows what has been read."
         self._echo = message.get("echo", self._echo)
         self.controller.handle(message)
 
     def shown(self)->dict:
         "What the page shows, by trait."
         hand = self.controller
-        return dict(session={**hand.session.state(), "echo": self._echo}, status=hand.status, clip=hand.clip_page, strip=hand.strip_page)
+        return dict(
+            session={**hand.session.state(), "echo": self._echo},
+            status=hand.status,
+            clip=hand.clip_page,
+            strip=hand.strip_page,
+        )
 
     def push(self):
         "Send to the page what has changed."
@@ -228,7 +253,8 @@ class Canvas(anywidget.AnyWidget):
         "The live canvas, and a picture of the moment for pages where nothing is alive."
         self.push() # code may have changed the session since
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
-        image = self.controller.session.preview(self.controller.image, scale=max(1, 320 // max(self.controller.image.shape[1:])))
+        image = self.controller.image
+        image = self.controller.session.preview(image, scale=max(1, 320 // max(image.shape[1:])))
         return {**data, "image/png": base64.b64encode(png_bytes(image)).decode()}, metadata
 
 # %% ../../nbs/widgets/07_canvas.ipynb #0279ae29
@@ -238,10 +264,22 @@ def pipeline_generate(
     n_ddim:int=20, # D
     **options, # for pipeline.video: reading, guidance_scale, follow ...
 ): # callable (session, progress, stop) -> clip (1, f, 3, h, w)
-    "What a canvas calls to make a video: content, motion, paint, mask, arrows, lam and seed of the session go to the pipeline."
+    "What a canvas calls to make a video: all that the session holds goes to the pipeline."
     def generate(session, progress, stop):
         painted = session.paint(image)
         edited = None if torch.equal(painted, image) else painted
-        return pipeline.video(image, session.content, edited=edited, motion=session.motion or None, drags=session.drags, lam=session.lam,
-                              mask=session.mask(), seed=session.seed, n_ddim=n_ddim, progress=progress, stop=stop, **options)
+        return pipeline.video(
+            image,
+            session.content,
+            edited=edited,
+            motion=session.motion or None,
+            drags=session.drags,
+            lam=session.lam,
+            mask=session.mask(),
+            seed=session.seed,
+            n_ddim=n_ddim,
+            progress=progress,
+            stop=stop,
+            **options
+        )
     return generate

@@ -31,11 +31,15 @@ def _gradients(ax, profiles):
     for i, (step, timesteps, norms) in enumerate(profiles):
         ax.semilogy(range(len(norms)), norms, color="#e06c32", alpha=.15 + .85*(i + 1)/len(profiles), lw=1)
         ax.set_xticks([0, len(timesteps) - 1], [timesteps[0], timesteps[-1]])
-    ax.set(title=f"|dL / d prediction|, step {profiles[-1][0]}" if profiles else "|dL / d prediction|: not measured", xlabel="t along the chain")
+    ax.set(
+        title=f"|dL / d prediction|, step {profiles[-1][0]}" if profiles else "|dL / d prediction|: not measured",
+        xlabel="t along the chain",
+    )
 
 def _memory(ax, rows):
     ax.plot([r["step"] for r in rows], [r["memory_mb"]/1024 for r in rows], color="#5b6abf")
-    ax.set(title="peak memory, GB", xlabel="step"); ax.set_ylim(bottom=0)
+    ax.set(title="peak memory, GB", xlabel="step")
+    ax.set_ylim(bottom=0)
 
 def dashboard_png(
     rows, # lines of log.jsonl of kind step: step, reward, memory_mb
@@ -45,8 +49,13 @@ def dashboard_png(
     "Reward, gradient norm per step of the chain (newest darkest), memory; empty axes where there is nothing yet."
     figure = Figure(figsize=(9, 2.3), dpi=90)
     axes = figure.subplots(1, 3, gridspec_kw=dict(left=.07, right=.99, bottom=.2, top=.86, wspace=.3))
-    _reward(axes[0], rows, evaluations); _gradients(axes[1], profiles); _memory(axes[2], rows)
-    for ax in axes: ax.title.set_fontsize(9); ax.tick_params(which="both", labelsize=8); ax.spines[["top", "right"]].set_visible(False)
+    _reward(axes[0], rows, evaluations)
+    _gradients(axes[1], profiles)
+    _memory(axes[2], rows)
+    for ax in axes:
+        ax.title.set_fontsize(9)
+        ax.tick_params(which="both", labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(buffer := io.BytesIO(), format="png")
     return buffer.getvalue()
 
@@ -62,25 +71,32 @@ class TrainingDashboard(Panel):
         pause:float=1., # seconds between pictures
         **options, # more for tune: evaluate
     ):
-        self.algorithm, self.open_policy = algorithm, open_policy
-        self.inputs, self.options = (reward, data, config, run_dir), options
+        self.algorithm = algorithm
+        self.open_policy = open_policy
+        self.inputs = (reward, data, config, run_dir)
+        self.options = options
         self.profile, self.profile_every, self.pause, self.profiles = profile, profile_every, pause, []
         self.asked, self.thread, self.error, self.result, self.drawn = threading.Event(), None, None, None, 0.
-        self.go, self.halt = ipywidgets.Button(description="start", icon="play"), ipywidgets.Button(description="stop", icon="stop", disabled=True)
-        self.go.on_click(lambda _: self.begin()); self.halt.on_click(lambda _: self.stop())
+        self.go = ipywidgets.Button(description="start", icon="play")
+        self.halt = ipywidgets.Button(description="stop", icon="stop", disabled=True)
+        self.go.on_click(lambda _: self.begin())
+        self.halt.on_click(lambda _: self.stop())
         super().__init__(self._picture, {})
         self.children = [ipywidgets.HBox([self.go, self.halt]), *self.children]
 
     def _picture(self):
         run_dir, config = self.inputs[3], self.inputs[2]
         rows = read_log(run_dir)
-        return dashboard_png(rows, read_log(run_dir, "eval"), self.profiles), self.error or self._note(rows, config.steps)
+        picture = dashboard_png(rows, read_log(run_dir, "eval"), self.profiles)
+        return picture, self.error or self._note(rows, config.steps)
 
     def _note(self, rows, steps):
         done = f"step {rows[-1]['step'] if rows else 0} of {steps}"
-        if self.running: return done + (", stopping after this step ..." if self.asked.is_set() else f", {rows[-1]['seconds']:.1f} s a step" if rows else "")
+        if self.running and self.asked.is_set(): return f"{done}, stopping after this step ..."
+        if self.running: return f"{done}, {rows[-1]['seconds']:.1f} s a step" if rows else done
         if self.result is None: return done
-        return f"{done}: finished, the LoRA is in {self.result.lora}" if self.result.finished else f"{done}: stopped and saved in {self.result.lora}; start goes on from there"
+        if self.result.finished: return f"{done}: finished, the LoRA is in {self.result.lora}"
+        return f"{done}: stopped and saved in {self.result.lora}; start goes on from there"
 
     @property
     def running(self): return self.thread is not None and self.thread.is_alive()
@@ -88,14 +104,16 @@ class TrainingDashboard(Panel):
     def begin(self):
         "Start the run, or go on with it."
         if self.running: return
-        self.asked.clear(); self.error = self.result = None
+        self.asked.clear()
+        self.error = self.result = None
         self.go.disabled, self.halt.disabled = True, False
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def stop(self):
         "Ask the run to stop after the step it is in."
-        self.asked.set(); self.refresh()
+        self.asked.set()
+        self.refresh()
 
     def wait(self): # TuneResult, or None after an error
         "Until the run has ended."
@@ -105,9 +123,11 @@ class TrainingDashboard(Panel):
     def _run(self):
         try:
             self.policy = self.open_policy()
-            options = dict(resume=True, progress=False, stop=self._between_steps) | self.options
-            self.result = tune(self.algorithm, self.policy, *self.inputs, **options)
-        except Exception as error: self.error = f'<span style="color: #b3261e">{" ".join(str(error).split())}</span>' # a thread has nobody to raise to
+            self.result = tune(
+                self.algorithm, self.policy, *self.inputs, resume=True, progress=False, stop=self._between_steps, **self.options
+            )
+        except Exception as error: # a thread has nobody to raise to
+            self.error = f'<span style="color: #b3261e">{" ".join(str(error).split())}</span>'
         self.thread, self.go.disabled, self.halt.disabled = None, False, True
         self.refresh()
 
@@ -118,5 +138,7 @@ class TrainingDashboard(Panel):
         if self.profile and (step % self.profile_every == 0 or not self.profiles):
             found = gradient_profile(self.policy, reward, *self.profile, config)
             self.profiles.append((step, found.timesteps, found.norms.tolist()))
-        if time.monotonic() - self.drawn > self.pause: self.refresh(); self.drawn = time.monotonic()
+        if time.monotonic() - self.drawn > self.pause:
+            self.refresh()
+            self.drawn = time.monotonic()
         return self.asked.is_set()

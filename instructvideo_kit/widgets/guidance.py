@@ -22,6 +22,7 @@ class Guided(NamedTuple):
     contrast: float # standard deviation of all pixels
     burnt: float # share of pixel values that are 0 or 1
 
+# %% ../../nbs/widgets/11_guidance.ipynb #d42a3e79
 def guided(
     policy, # VideoPolicy
     prompt:str,
@@ -39,8 +40,12 @@ def guidance_note(
     at:Guided,
 )->str: # HTML
     "Scale, contrast and burnt-out pixels in one line."
-    return f'Left: w = 1. Right: w = {at.w:g}; contrast {at.contrast:.3f}, {100 * at.burnt:.1f} % of the pixel values at 0 or 1.'
+    return (
+        f"Left: w = 1. Right: w = {at.w:g}; contrast {at.contrast:.3f}, {100 * at.burnt:.1f} % of the pixel values at 0"
+        " or 1."
+    )
 
+# %% ../../nbs/widgets/11_guidance.ipynb #7c371a2e
 def GuidanceSlider(
     policy, # VideoPolicy
     prompt:str,

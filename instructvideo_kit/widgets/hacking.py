@@ -23,6 +23,7 @@ class Attack(NamedTuple):
     frames: torch.Tensor # (n + 1, 3, h, w) in [0, 1], the untouched one first
     scores: list # n + 1 scores, without shift or noise
 
+# %% ../../nbs/widgets/10_hacking.ipynb #37697c57
 def attack(
     reward, # callable (frames (b, s, 3, h, w), prompts) -> (b, s), differentiable in the frames
     frame, # (3, h, w) in [0, 1]
@@ -34,11 +35,13 @@ def attack(
 )->Attack:
     "Signed gradient ascent on the pixels of one frame; ValueError for no steps or a rate that is not positive."
     if n < 1 or not rate > 0: raise ValueError(f"{n} steps of {rate}: expected at least one step of a positive size")
-    x, g, frames, scores = frame[None, None].detach().clone(), torch.Generator().manual_seed(seed), [], []
+    x, frames, scores = frame[None, None].detach().clone(), [], []
+    g = torch.Generator().manual_seed(seed)
     for i in range(n + 1):
         x.requires_grad_()
         score = reward(x, [prompt]).sum()
-        frames.append(x[0, 0].detach()), scores.append(score.item())
+        frames.append(x[0, 0].detach())
+        scores.append(score.item())
         if i == n: break
         told = reward(augment(x, shift, noise, g), [prompt]).sum() if shift or noise else score
         x = (x + rate * torch.autograd.grad(told, x)[0].sign()).clamp(0, 1).detach()
@@ -50,18 +53,22 @@ def hacking_png(
     step:int, # 0 .. n
     scale:int=4, # magnification
 )->bytes: # a PNG
-    "The frame before, after some steps, their difference (ten times), and the way of the score; ValueError for a step that was not taken."
+    "The frame before and after, their difference (ten times), the way of the score; ValueError for a step not taken."
     if not 0 <= step < len(hacked.frames): raise ValueError(f"step {step}: expected 0..{len(hacked.frames) - 1}")
     first, now = hacked.frames[0], hacked.frames[step]
     strip = film_strip(torch.stack([first, now, (0.5 + 10 * (now - first)).clamp(0, 1)]), every=1, scale=scale)
     figure = Figure(figsize=(3.6, strip.height / 90), dpi=90)
     ax = figure.subplots(gridspec_kw=dict(left=0.18, right=0.97, bottom=0.36, top=0.94))
-    ax.plot(hacked.scores, color='0.75'), ax.plot(hacked.scores[:step + 1], color='#1b7f79'), ax.plot(step, hacked.scores[step], 'o', color='#e06c32')
-    ax.set(xlabel='step', ylabel='score'), ax.spines[['top', 'right']].set_visible(False)
+    ax.plot(hacked.scores, color="0.75")
+    ax.plot(hacked.scores[:step + 1], color="#1b7f79")
+    ax.plot(step, hacked.scores[step], "o", color="#e06c32")
+    ax.set(xlabel="step", ylabel="score")
+    ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(buffer := io.BytesIO(), format='png')
     curve = Image.open(buffer).convert('RGB')
     sheet = Image.new('RGB', (strip.width + curve.width, max(strip.height, curve.height)), 'white')
-    sheet.paste(strip, (0, 0)), sheet.paste(curve, (strip.width, 0))
+    sheet.paste(strip, (0, 0))
+    sheet.paste(curve, (strip.width, 0))
     return png_bytes(sheet)
 
 # %% ../../nbs/widgets/10_hacking.ipynb #1aa84810
@@ -71,8 +78,10 @@ def hacking_note(
 )->str: # HTML
     "What the score and the pixels did."
     moved = (hacked.frames[step] - hacked.frames[0]).abs()
-    return f'score {hacked.scores[0]:.2f} &rarr; {hacked.scores[step]:.2f}; pixels moved by {100 * moved.mean():.1f} % on average, {100 * moved.max():.0f} % at most'
+    way = f"score {hacked.scores[0]:.2f} &rarr; {hacked.scores[step]:.2f}"
+    return f"{way}; pixels moved by {100 * moved.mean():.1f} % on average, {100 * moved.max():.0f} % at most"
 
+# %% ../../nbs/widgets/10_hacking.ipynb #4848ba89
 def HackGallery(
     attacks:dict, # name -> Attack
     scale:int=4, # magnification

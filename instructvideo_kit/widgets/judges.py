@@ -24,6 +24,7 @@ def judge_order(
     column = scores.mean(1) if dim is None else scores[:, dim]
     return (column.argsort(descending=True, stable=True).argsort() + 1).tolist()
 
+# %% ../../nbs/widgets/04_judges.ipynb #6136c023
 def pairs_in_common(
     a, b, # ranks of n candidates; equal ranks are ties
 )->tuple: # (pairs in the same order, pairs that both order)
@@ -46,6 +47,7 @@ def draw_marks(canvas, left, top, height, marks, names, low=1., high=4.):
         canvas.text((left + 4, y + step // 2), name.replace("_", " "), fill=INK, anchor="lm")
         canvas.text((left + WIDTH + 6, y + step // 2), f"{mark:.1f}", fill=INK, anchor="lm")
 
+# %% ../../nbs/widgets/04_judges.ipynb #f01dc26f
 def judge_board(
     videos, # candidates (n, f, 3, h, w) in [0, 1]
     scores, # (n, k) marks
@@ -55,19 +57,23 @@ def judge_board(
     reveal:bool=False, # show the marks and the judge's order
     scale:int=2, # magnification
 )->"Image": # PIL
-    "Candidates in rows, their marks as bars once revealed; ValueError unless there are as many scores and ranks as candidates."
-    if not len(videos) == len(scores) == len(ranks): raise ValueError(f"{len(videos)} candidates, {len(scores)} scores and {len(ranks)} ranks: expected as many of each")
+    "Candidates in rows, their scores as bars once revealed; ValueError unless each has its scores and a rank."
+    if not len(videos) == len(scores) == len(ranks):
+        found = f"{len(videos)} candidates, {len(scores)} scores and {len(ranks)} ranks"
+        raise ValueError(f"{found}: expected as many of each")
     strips = [film_strip(v[None], every=max(1, len(v) // 5), scale=scale) for v in videos]
     height, order = max(strips[0].height, 15 * len(names)), judge_order(scores, dim)
-    sheet = Image.new("RGB", (30 + strips[0].width + (WIDTH + 110 if reveal else 0), (height + 8) * len(videos)), "white")
+    bars = WIDTH + 110 if reveal else 0
+    sheet = Image.new("RGB", (30 + strips[0].width + bars, (height + 8) * len(videos)), "white")
     canvas = ImageDraw.Draw(sheet)
     for i, strip in enumerate(strips):
         top = i * (height + 8)
         sheet.paste(strip, (26, top + 4))
         canvas.text((8, top + height // 2), chr(65 + i), fill=INK, anchor="lm")
         if reveal:
-            draw_marks(canvas, 40 + strip.width, top + 4, height, [float(x) for x in scores[i]], names)
-            canvas.text((40 + strip.width + WIDTH + 34, top + height // 2), f"judge {order[i]}\nyou {ranks[i]}", fill=INK, anchor="lm")
+            left, verdict = 40 + strip.width, f"judge {order[i]}\nyou {ranks[i]}"
+            draw_marks(canvas, left, top + 4, height, [float(x) for x in scores[i]], names)
+            canvas.text((left + WIDTH + 34, top + height // 2), verdict, fill=INK, anchor="lm")
     return sheet
 
 # %% ../../nbs/widgets/04_judges.ipynb #977ba0c0
@@ -78,6 +84,7 @@ def ranking_note(ranks, scores, dim, reveal):
     if not both: return "All your ranks are equal: move the sliders to rank the clips."
     return f"You and the judge put {same} of {both} pairs in the same order."
 
+# %% ../../nbs/widgets/04_judges.ipynb #a9f2c6e4
 def JudgeDashboard(
     videos, # candidates (n, f, 3, h, w) in [0, 1]
     scores, # (n, k) marks
@@ -88,6 +95,9 @@ def JudgeDashboard(
     scores, letters = torch.as_tensor(scores).detach().float().cpu(), [chr(65 + i) for i in range(len(videos))]
     def draw(mark, reveal, **ranks):
         ranks, dim = [ranks[x] for x in letters], None if mark == "mean" else list(names).index(mark)
-        return png_bytes(judge_board(videos, scores, names, ranks, dim, reveal == "reveal", scale)), ranking_note(ranks, scores, dim, reveal == "reveal")
+        shown = reveal == "reveal"
+        board = judge_board(videos, scores, names, ranks, dim, shown, scale)
+        return png_bytes(board), ranking_note(ranks, scores, dim, shown)
     ranks = {x: slider(f"rank of {x}", 1, 1, len(videos), 1) for x in letters}
-    return Panel(draw, {**ranks, "mark": choice("judge by", ("mean", *names)), "reveal": choice("judge", ("hide", "reveal"))})
+    lists = {"mark": choice("judge by", ("mean", *names)), "reveal": choice("judge", ("hide", "reveal"))}
+    return Panel(draw, {**ranks, **lists})

@@ -19,13 +19,17 @@ def ladder_numbers(
     n_ddim:int=20, # D
     tau:float=0.6, # noise level
     grad_steps:int=1, # K; more than the chain has means all of it
-)->dict: # lists of timesteps: left_out, walked (without gradient), opened (with), all descending; amplitude of the clip at the start
-    "The rungs of a chain by their fate, Eq. (3) and (4) of InstructVideo; ValueError as ddim_timesteps, or for a negative K."
+)->dict: # timesteps left_out, walked (no gradient), opened (with), descending; amplitude of the clip at the start
+    "The rungs of a chain by their fate, Eq. (3), (4) of InstructVideo; ValueError as ddim_timesteps, or for K < 0."
     if grad_steps < 0: raise ValueError(f"grad_steps is {grad_steps}; expected 0 or more")
     rungs, n = schedule.timesteps(n_ddim).tolist(), n_steps(tau, n_ddim)
     k = min(grad_steps, n)
-    return dict(left_out=rungs[:len(rungs) - n], walked=rungs[len(rungs) - n:len(rungs) - k], opened=rungs[len(rungs) - k:],
-                amplitude=schedule.at(rungs[-n]) ** 0.5)
+    return dict(
+        left_out=rungs[: len(rungs) - n],
+        walked=rungs[len(rungs) - n : len(rungs) - k],
+        opened=rungs[len(rungs) - k :],
+        amplitude=schedule.at(rungs[-n]) ** 0.5,
+    )
 
 # %% ../../nbs/widgets/09_ladder.ipynb #cf2fad41
 def ladder_png(
@@ -43,7 +47,13 @@ def ladder_png(
     start = [*numbers['walked'], *numbers['opened']][0]
     ax.axvline(start, color='#1b7f79', lw=1, ls=':')
     ax.text(start - 8, 0.03, f'start: t = {start}', ha='right', color='#1b7f79', fontsize=9)
-    ax.set(xlabel='training step t (the chain runs from right to left)', ylabel='amplitude', xlim=(-12, schedule.n_train), ylim=(-0.2, 1.04), yticks=[0, 0.5, 1])
+    ax.set(
+        xlabel="training step t (the chain runs from right to left)",
+        ylabel="amplitude",
+        xlim=(-12, schedule.n_train),
+        ylim=(-0.2, 1.04),
+        yticks=[0, 0.5, 1],
+    )
     ax.legend(loc='center right', fontsize=9)
     ax.spines[['top', 'right']].set_visible(False)
     figure.savefig(buffer := io.BytesIO(), format='png')
@@ -55,14 +65,21 @@ def ladder_note(
 )->str: # HTML
     "The chain in one line."
     n, k = len(numbers['walked']) + len(numbers['opened']), len(numbers['opened'])
-    return (f'{n} of {n + len(numbers["left_out"])} steps, {k} of them with gradient; '
-            f'at the start {100 * numbers["amplitude"]:.0f} % of the amplitude and {100 * numbers["amplitude"] ** 2:.0f} % of the variance are the clip')
+    a, total = numbers["amplitude"], n + len(numbers["left_out"])
+    share = f"{100 * a:.0f} % of the amplitude and {100 * a ** 2:.0f} % of the variance"
+    return f"{n} of {total} steps, {k} of them with gradient; at the start {share} are the clip"
 
+# %% ../../nbs/widgets/09_ladder.ipynb #cfa38ae1
 def DDIMLadder(
     schedule:Schedule,
     n_ddim:int=20, tau:float=0.6, grad_steps:int=1, # where the sliders start
 )->Panel:
     "Sliders for D, tau and K over the rungs that the chain visits."
     def draw(n_ddim, tau, grad_steps):
-        return ladder_png(schedule, n_ddim, tau, grad_steps), ladder_note(ladder_numbers(schedule, n_ddim, tau, grad_steps))
-    return Panel(draw, {'n_ddim': slider('D', n_ddim, 2, 50, 1), 'tau': slider('tau', tau, 0.05, 1., 0.05), 'grad_steps': slider('K', grad_steps, 0, 10, 1)})
+        numbers = ladder_numbers(schedule, n_ddim, tau, grad_steps)
+        return ladder_png(schedule, n_ddim, tau, grad_steps), ladder_note(numbers)
+    return Panel(draw, {
+        "n_ddim": slider("D", n_ddim, 2, 50, 1),
+        "tau": slider("tau", tau, 0.05, 1.0, 0.05),
+        "grad_steps": slider("K", grad_steps, 0, 10, 1),
+    })

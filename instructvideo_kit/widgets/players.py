@@ -22,12 +22,15 @@ def png_bytes(
 )->bytes: # a PNG file
     "A picture as the bytes of a PNG, pixels kept sharp."
     if isinstance(picture, torch.Tensor):
-        picture = Image.fromarray((picture.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+        picture = Image.fromarray(
+            (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        )
     if scale > 1: picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
     buffer = io.BytesIO()
     picture.save(buffer, 'PNG')
     return buffer.getvalue()
 
+# %% ../../nbs/widgets/00_players.ipynb #e244041c
 def still_png(
     data:bytes, # a PNG or an animated GIF
 )->bytes: # a PNG
@@ -43,7 +46,8 @@ def side_by_side(
     gap:int=1, # white pixels between them
 )->torch.Tensor: # (f, 3, h, n w + (n - 1) gap)
     "Clips that must be compared frame by frame, as one clip; ValueError when their shapes differ."
-    if len({tuple(c.shape) for c in clips}) != 1: raise ValueError(f"clips of shapes {[tuple(c.shape) for c in clips]}; expected at least one, all of one shape")
+    if len({tuple(c.shape) for c in clips}) != 1:
+        raise ValueError(f"clips of shapes {[tuple(c.shape) for c in clips]}; expected at least one, all of one shape")
     f, c, h, _ = clips[0].shape
     white = torch.ones(f, c, h, gap)
     return torch.cat([part for clip in clips for part in (white, clip.detach().float().cpu().clamp(0, 1))][1:], dim=3)
@@ -85,11 +89,26 @@ def slider(
     "A slider that reports when it is let go: what it starts may take a second."
     kind = ipywidgets.IntSlider if isinstance(step, int) else ipywidgets.FloatSlider
     layout, style = ipywidgets.Layout(width='420px'), {'description_width': '120px'}
-    return kind(value=value, min=low, max=high, step=step, description=label, continuous_update=False, layout=layout, style=style)
+    return kind(
+        value=value,
+        min=low,
+        max=high,
+        step=step,
+        description=label,
+        continuous_update=False,
+        layout=layout,
+        style=style,
+    )
 
+# %% ../../nbs/widgets/00_players.ipynb #786c7506
 def choice(
     label:str, # text before it
     options, # names to choose from, the first is chosen
 ): # ipywidgets Dropdown
     "A list to choose from."
-    return ipywidgets.Dropdown(options=list(options), description=label, layout=ipywidgets.Layout(width='420px'), style={'description_width': '120px'})
+    return ipywidgets.Dropdown(
+        options=list(options),
+        description=label,
+        layout=ipywidgets.Layout(width="420px"),
+        style={"description_width": "120px"},
+    )

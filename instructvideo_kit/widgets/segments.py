@@ -24,10 +24,15 @@ def segment_numbers(
     center:str='paper', # "paper": F // 2, "midpoint": (F - 1) / 2
     seed:int=0, # for mode "random"
 )->dict: # frames, weights, shares (lists of S numbers), bounds (S + 1 frame numbers)
-    "Chosen frames, their weights and shares of the gradient, Eq. (6) and (7) of InstructVideo; ValueError unless 1 <= S <= F and lam >= 0."
+    "Chosen frames, their weights and shares, Eq. (6), (7) of InstructVideo; ValueError unless 1 <= S <= F, lam >= 0."
     g = segment_frames(n_frames, n_segments, 1, mode, torch.Generator().manual_seed(seed))
     weights = tar_weights(g, n_frames, lam, center)[0]
-    return dict(frames=g[0].tolist(), weights=weights.tolist(), shares=(weights / weights.sum()).tolist(), bounds=segment_bounds(n_frames, n_segments).tolist())
+    return dict(
+        frames=g[0].tolist(),
+        weights=weights.tolist(),
+        shares=(weights / weights.sum()).tolist(),
+        bounds=segment_bounds(n_frames, n_segments).tolist(),
+    )
 
 # %% ../../nbs/widgets/02_segments.ipynb #dab8a41d
 CHOSEN, GREY, RULE, BARS = (224, 108, 50), (208, 208, 208), (120, 120, 120), 72 # colours; height of the bars in pixels
@@ -38,8 +43,10 @@ def frame_lefts(
     gap:int=10, # pixels between segments
 )->list: # left edge of each frame, pixels
     "Where each frame stands on the strip: side by side, with a gap between segments."
-    return [3 + f * (width + 2) + gap * sum(f >= b for b in bounds[1:-1]) for f in range(bounds[-1])]
+    def gaps(f): return sum(f >= bound for bound in bounds[1:-1])
+    return [3 + f * (width + 2) + gap * gaps(f) for f in range(bounds[-1])]
 
+# %% ../../nbs/widgets/02_segments.ipynb #e38571a8
 def draw_bars(
     canvas, # PIL ImageDraw
     lefts, # left edges of the frames
@@ -53,10 +60,13 @@ def draw_bars(
         chosen = f in numbers['frames']
         height = max(1, round(every[f] * (BARS - 14)))
         canvas.rectangle([left, top + BARS - height, left + width - 1, top + BARS], fill=CHOSEN if chosen else GREY)
-        if chosen: canvas.text((left + 1, top + BARS - height - 13), f'{every[f]:.2g}' if every[f] < 0.01 else f'{every[f]:.2f}', fill=CHOSEN)
+        if chosen:
+            number = f"{every[f]:.2g}" if every[f] < 0.01 else f"{every[f]:.2f}"
+            canvas.text((left + 1, top + BARS - height - 13), number, fill=CHOSEN)
         canvas.text((left + width // 2, top + BARS + 3), str(f), fill=CHOSEN if chosen else RULE, anchor='mt')
     canvas.line([0, top + BARS, lefts[-1] + width + 2, top + BARS], fill=RULE)
 
+# %% ../../nbs/widgets/02_segments.ipynb #14e0b04b
 def segment_strip(
     video, # (f, 3, h, w) in [0, 1]
     n_segments:int=4, # S
@@ -67,19 +77,24 @@ def segment_strip(
     scale:int=2, # magnification
     scores=None, # (f,) reward of every frame, written above it
 )->tuple: # (PIL image, dict of segment_numbers)
-    "The frames of a clip, the chosen ones framed, their weights as bars; ValueError as segment_numbers, or for another number of scores."
+    "Frames of a clip, the chosen ones framed, weights as bars; ValueError as segment_numbers, or for wrong scores."
     n_frames, _, h, w = video.shape
-    if scores is not None and len(scores) != n_frames: raise ValueError(f"{len(scores)} scores for {n_frames} frames: expected one each")
+    if scores is not None and len(scores) != n_frames:
+        raise ValueError(f"{len(scores)} scores for {n_frames} frames: expected one each")
     numbers = segment_numbers(n_frames, n_segments, lam, mode, center, seed)
     lefts, width, height = frame_lefts(numbers['bounds'], w * scale), w * scale, h * scale
     top = 0 if scores is None else 14
     sheet = Image.new('RGB', (lefts[-1] + width + 3, top + height + BARS + 22), 'white')
     canvas = ImageDraw.Draw(sheet)
     for f, left in enumerate(lefts):
+        chosen = f in numbers["frames"]
         sheet.paste(film_strip(video[f:f + 1], every=1, scale=scale), (left, top + 3))
-        if f in numbers['frames']: canvas.rectangle([left - 2, top + 1, left + width + 1, top + height + 4], outline=CHOSEN, width=3)
-        if top: canvas.text((left + width // 2, 1), f'{float(scores[f]):.2f}', fill=CHOSEN if f in numbers['frames'] else RULE, anchor='mt')
-    draw_bars(canvas, lefts, top + height + 6, width, tar_weights(torch.arange(n_frames)[None], n_frames, lam, center)[0].tolist(), numbers)
+        edges = [left - 2, top + 1, left + width + 1, top + height + 4]
+        if chosen: canvas.rectangle(edges, outline=CHOSEN, width=3)
+        colour = CHOSEN if chosen else RULE
+        if top: canvas.text((left + width // 2, 1), f"{float(scores[f]):.2f}", fill=colour, anchor="mt")
+    every = tar_weights(torch.arange(n_frames)[None], n_frames, lam, center)[0].tolist()
+    draw_bars(canvas, lefts, top + height + 6, width, every, numbers)
     return sheet, numbers
 
 # %% ../../nbs/widgets/02_segments.ipynb #ef62b4d3
@@ -92,16 +107,23 @@ def segment_note(
     shares = ', '.join(f'{f}: {100 * s:.3g} %' for f, s in zip(numbers['frames'], numbers['shares']))
     return f'centre at frame {tar_center(n_frames, center):g}; share of the gradient per chosen frame: {shares}'
 
+# %% ../../nbs/widgets/02_segments.ipynb #796fd91a
 def reward_note(
     numbers:dict, # from segment_numbers
     scores, # (f,) reward of every frame, or None
 )->str: # HTML, empty without scores
     "The clip's reward from the chosen frames, weighted (Eq. 8) and plain (Eq. 6), and the mean of all frames."
     if scores is None: return ''
-    r, weights, every = torch.as_tensor(scores, dtype=torch.float32), torch.tensor(numbers['weights']), torch.as_tensor(scores).float().mean()
+    r = torch.as_tensor(scores, dtype=torch.float32)
+    weights = torch.tensor(numbers['weights'])
+    every = torch.as_tensor(scores).float().mean()
     chosen = r[numbers['frames']]
-    return f'<br>reward of the clip: weighted R = {(weights * chosen).mean():.3f}, plain mean of the chosen {chosen.mean():.3f}, of all frames {every:.3f}'
+    return (
+        f"<br>reward of the clip: weighted R = {(weights * chosen).mean():.3f}, plain mean of the chosen"
+        f" {chosen.mean():.3f}, of all frames {every:.3f}"
+    )
 
+# %% ../../nbs/widgets/02_segments.ipynb #20ffbb80
 def SegmentStrip(
     video, # (f, 3, h, w) in [0, 1]
     n_segments:int=4, # S, where the slider starts

@@ -25,6 +25,7 @@ class TauEdit(NamedTuple):
     corrupted: torch.Tensor # (f, 3, h, w) in [0, 1], the corrupted latents decoded
     edited: torch.Tensor # (f, 3, h, w) in [0, 1], the end of the chain decoded
 
+# %% ../../nbs/widgets/01_tau.ipynb #18cb4217
 @torch.no_grad()
 def tau_edit(
     policy, # VideoPolicy
@@ -41,7 +42,9 @@ def tau_edit(
         timesteps = schedule.timesteps(n_ddim, tau)
         alpha_bar = schedule.at(timesteps[0])
         z_t = corrupt(z, eps, alpha_bar)
-        videos = [policy.decode(latents)[0].clamp(0, 1).cpu() for latents in (z_t, denoise(model, z_t, timesteps, schedule))]
+        videos = [
+            policy.decode(latents)[0].clamp(0, 1).cpu() for latents in (z_t, denoise(model, z_t, timesteps, schedule))
+        ]
         edits.append(TauEdit(tau, timesteps.tolist(), alpha_bar, *videos))
     return edits
 
@@ -51,9 +54,13 @@ def tau_note(
     n_ddim:int, # D
 )->str: # HTML
     "One line that says what the slider did."
-    return (f'tau = {edit.tau:.2f}: {len(edit.timesteps)} of {n_ddim} steps, from t = {edit.timesteps[0]} down to {edit.timesteps[-1]}; '
-            f'{100 * edit.alpha_bar:.1f} % of the variance is still the clip. Left to right: clip, corrupted, edited.')
+    return (
+        f"tau = {edit.tau:.2f}: {len(edit.timesteps)} of {n_ddim} steps, from t = {edit.timesteps[0]} down to"
+        f" {edit.timesteps[-1]}; {100 * edit.alpha_bar:.1f} % of the variance is still the clip. Left to right: clip,"
+        " corrupted, edited."
+    )
 
+# %% ../../nbs/widgets/01_tau.ipynb #513db2f1
 def TauSlider(
     policy, # VideoPolicy
     clip, # (f, 3, h, w) in [0, 1]

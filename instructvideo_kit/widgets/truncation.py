@@ -27,12 +27,13 @@ class GradientProfile(NamedTuple):
     step_bytes: int # activations that one UNet call with both branches keeps for its backward pass
     branches: int # 2 with guidance, 1 without
 
+# %% ../../nbs/widgets/03_truncation.ipynb #56fa77ac
 def gradient_profile(
     policy, # VideoPolicy
     reward, # callable (frames (b, s, 3, h, w), prompts) -> (b, s), differentiable in the frames
     clip, # (f, 3, h, w) in [0, 1]
     caption:str,
-    config=None, # InstructVideoConfig: tau, n_ddim, n_segments, lam_tar ...; None: the paper's, with the policy's guidance
+    config=None, # InstructVideoConfig: tau, n_ddim, n_segments ...; None: the paper's, with the policy's guidance
     seed:int=0, # of the noise
 )->GradientProfile:
     "Norm of the gradient at every step of the editing chain of one clip; a frozen policy is enough."
@@ -63,33 +64,45 @@ def truncation_png(
     profile:GradientProfile,
     grad_steps:int, # K
 )->bytes: # a PNG
-    "Norm per step, the last K in colour, the others behind the cut; above each bar how many times the last step's it is."
+    "Norm per step, the last K in colour, the others behind the cut; above each bar, how many times the last step's."
     n = len(profile.timesteps)
-    norms, title = profile.norms.clamp(min=1e-12).tolist(), {0: 'no step carries a gradient', n: 'the full chain'}.get(grad_steps, 'no gradient left of the line')
+    norms = profile.norms.clamp(min=1e-12).tolist()
+    title = {0: 'no step carries a gradient', n: 'the full chain'}.get(grad_steps, 'no gradient left of the line')
     figure = Figure(figsize=(7.2, 2.6), dpi=90)
     ax = figure.subplots(gridspec_kw=dict(left=0.1, right=0.99, bottom=0.2, top=0.88))
     ax.bar(range(n), norms, color=['#d0d0d0'] * (n - grad_steps) + ['#1b7f79'] * grad_steps)
     for i, norm in enumerate(norms): ax.text(i, norm, f'x {norm / norms[-1]:.2g}', ha='center', va='bottom', fontsize=8)
     ax.axvline(n - grad_steps - 0.5, color='#e06c32', lw=1.5)
-    ax.set(xticks=range(n), xticklabels=profile.timesteps, xlabel='training step t, in the order of the chain', ylabel='norm of dL / d prediction')
+    ax.set(
+        xticks=range(n),
+        xticklabels=profile.timesteps,
+        xlabel="training step t, in the order of the chain",
+        ylabel="norm of dL / d prediction",
+    )
     ax.set_title(title, fontsize=9, color='#e06c32')
     ax.spines[['top', 'right']].set_visible(False)
     ax.ticklabel_format(axis='y', scilimits=(-2, 2))
     figure.savefig(buffer := io.BytesIO(), format='png')
     return buffer.getvalue()
 
+# %% ../../nbs/widgets/03_truncation.ipynb #e8d9cc2f
 def truncation_note(
     numbers:dict, # from truncated
     grad_steps:int, # K
 )->str: # HTML
     "Price and memory in one line."
-    price = f'{numbers["cost"]} UNet calls per clip (full chain: {numbers["full_cost"]}), about {numbers["bytes"] / 1e6:.0f} MB of activations'
+    price = (
+        f'{numbers["cost"]} UNet calls per clip (full chain: {numbers["full_cost"]}), about'
+        f' {numbers["bytes"] / 1e6:.0f} MB of activations'
+    )
     return f'K = {grad_steps}: {price}' + ('; nothing is learnt' if grad_steps == 0 else '')
 
+# %% ../../nbs/widgets/03_truncation.ipynb #f0cf2ceb
 def TruncationSlider(
     profile:GradientProfile, # from gradient_profile
     grad_steps:int=1, # K, where the slider starts
 )->Panel:
     "A slider for K over the norms of the gradient, with price and memory."
-    def draw(grad_steps): return truncation_png(profile, grad_steps), truncation_note(truncated(profile, grad_steps), grad_steps)
+    def draw(grad_steps):
+        return truncation_png(profile, grad_steps), truncation_note(truncated(profile, grad_steps), grad_steps)
     return Panel(draw, {'grad_steps': slider('K', grad_steps, 0, len(profile.timesteps), 1)})
