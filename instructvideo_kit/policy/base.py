@@ -114,7 +114,7 @@ def open_part(
 # %% ../../nbs/policy/01_base.ipynb #9cc74b1e
 class VideoPolicy:
     "A text-to-video diffusion model seen as a policy: prompts -> videos (b, f, 3, h, w) in [0, 1], every part frozen, dropout off."
-    PARTS, PIPELINE, PREDICTIONS = PARTS, "TextToVideoSDPipeline", ("epsilon", "v_prediction")
+    PARTS, PIPELINE, PREDICTIONS = PARTS, "TextToVideoSDPipeline", ("epsilon", "v_prediction", "sample")
     SPECIAL_TOKENS = 2 # start and end
     frame_step = 1 # the autoencoder takes k * frame_step + 1 frames
 
