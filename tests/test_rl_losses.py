@@ -7,9 +7,12 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from instructvideo_kit.diffusion.prediction import PREDICTION_TYPES
+from instructvideo_kit.diffusion.sampling import to_x0_eps
 from instructvideo_kit.diffusion.stochastic import guarded_log_ratio, log_probability, step_kl
 from instructvideo_kit.files import KitError
 from instructvideo_kit.tuning.advantage import best_and_worst, flat_groups, group_advantages
+from instructvideo_kit.tuning.data_term import data_target, data_term
 from instructvideo_kit.tuning.ddpo import ddpo_loss
 from instructvideo_kit.tuning.nft_loss import (
     adaptive_weight, awm_loss, check_deviation, follow, good_probability, nft_loss, old_decay, reference_term)
@@ -254,3 +257,15 @@ def test_the_pull_to_the_reference_adds_beta_kl():
 def test_bad_policy_input_is_refused(change, words):
     given = dict(logp=torch.zeros(3), logp_old=torch.zeros(3), advantage=torch.zeros(3))
     with pytest.raises(ValueError, match=words): policy_loss(**given | change)
+
+# --- the data term --------------------------------------------------------------------------------------------------
+
+@given(kind=st.sampled_from(PREDICTION_TYPES), alpha_bar=st.floats(.02, .98), seed=st.integers(0, 99))
+def test_data_term_has_its_minimum_and_gradient_at_the_true_answer(kind, alpha_bar, seed):
+    x0, eps, off = noise(3, 2, 3, 4, seed=seed)
+    z_t, target = data_target(x0, eps, alpha_bar, kind)
+    for got, true in zip(to_x0_eps(target, z_t, alpha_bar, kind), (x0, eps)): assert torch.allclose(got, true, atol=1e-9)
+    answer = (target + off).requires_grad_()
+    term = data_term(answer, target)
+    assert torch.allclose(term, off.square().mean((1, 2)))
+    assert torch.allclose(torch.autograd.grad(term.sum(), answer)[0], 2 * off / 12)

@@ -30,6 +30,7 @@ def data_term(
     if prediction.shape != target.shape:
         raise ValueError(f"prediction has shape {tuple(prediction.shape)}; "
                          f"it must be that of target, {tuple(target.shape)}")
-    if not prediction.is_floating_point(): raise ValueError(f"prediction is {prediction.dtype}; expected a floating type")
+    if not prediction.is_floating_point():
+        raise ValueError(f"prediction is {prediction.dtype}; expected a floating type")
     wide = prediction.float() if prediction.dtype.itemsize < 4 else prediction
     return (wide - target.detach().to(wide)).square().flatten(1).mean(1)
