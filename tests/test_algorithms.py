@@ -247,10 +247,10 @@ def test_error_is_measured_in_what_the_network_predicts(schedule):
 
 
 def test_prediction_error_of_a_perfect_network_is_zero():
-    for schedule in (Schedule.modelscope(), Schedule.modelscope("v_prediction"), Schedule.rectified()):
+    for schedule in (Schedule.modelscope(), Schedule.modelscope("v_prediction"), Schedule.rectified(), Schedule.modelscope("sample")):
         z, eps = torch.randn(1, 1, 1, 2, 2), torch.randn(1, 1, 1, 2, 2)
         a, s = schedule.at(400)**.5, (1 - schedule.at(400))**.5
-        answer = {"epsilon": eps, "v_prediction": a*eps - s*z, "flow_prediction": eps - z}[schedule.prediction_type]
+        answer = {"epsilon": eps, "v_prediction": a*eps - s*z, "flow_prediction": eps - z, "sample": z}[schedule.prediction_type]
         assert rollouts.prediction_errors(Constant(schedule, answer), z, eps, torch.tensor([400]), [""]).item() < 1e-8
 
 

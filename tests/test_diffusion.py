@@ -16,7 +16,7 @@ from instructvideo_kit.diffusion.truncation import gradient_norms, saved_bytes, 
 
 def given(*args): return lambda test: settings(deadline=None, max_examples=40)(hypothesis.given(*args)(test))
 
-KINDS = ("epsilon", "v_prediction")
+KINDS = ("epsilon", "v_prediction", "sample")
 SHIPPED = Path(__file__).parents[1] / "instructvideo_kit/weights/policy/menagerie/scheduler"
 
 def scheduler(kind="epsilon", to_one=False, **kwargs):
@@ -74,7 +74,7 @@ def test_tau_outside_is_refused(tau):
     (lambda: ddim_timesteps(1001), "1001"),
     (lambda: ddim_timesteps(50, n_train=40), "n_train = 40"), (lambda: ddim_to_ddpm(0, 20), "1-based"),
     (lambda: ddim_to_ddpm(21, 20), "1..20"),
-    (lambda: Schedule(scaled_linear(), "sample"), "sample"), (lambda: Schedule.modelscope().at(1000), "outside the schedule"),
+    (lambda: Schedule(scaled_linear(), "score"), "score"), (lambda: Schedule.modelscope().at(1000), "outside the schedule"),
     (lambda: corrupt(torch.zeros(2, 3), torch.zeros(3), 0.5), "shape"), (lambda: corrupt(torch.zeros(2), torch.zeros(2), 551), "timestep"),
     (lambda: corrupt(torch.zeros(2), torch.zeros(2), torch.tensor([0.1, -0.1])), r"\[0, 1\]"),
 ])

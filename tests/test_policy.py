@@ -148,8 +148,8 @@ def test_unknown_class_prediction_and_json_are_refused(folders, tmp_path):
     (tmp_path / "p/model_index.json").write_text("{")
     with pytest.raises(KitError, match="not valid JSON"): VideoPolicy.from_pretrained(tmp_path / "p")
     (tmp_path / "p/model_index.json").write_text(json.dumps(index))
-    DDIMScheduler(prediction_type="sample").save_pretrained(tmp_path / "p/scheduler")
-    with pytest.raises(KitError, match="prediction type sample"): VideoPolicy.from_pretrained(tmp_path / "p")
+    DDIMScheduler(prediction_type="score").save_pretrained(tmp_path / "p/scheduler")
+    with pytest.raises(KitError, match="prediction type score"): VideoPolicy.from_pretrained(tmp_path / "p")
 
 def test_without_kit_json_the_defaults_are_modelscopes(folders, tmp_path):
     shutil.copytree(folders["patch"], tmp_path / "p")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/diffusion/04_prediction.ipynb #f6aaf536
-PREDICTION_TYPES = ('epsilon', 'v_prediction', 'flow_prediction')
+PREDICTION_TYPES = ('epsilon', 'v_prediction', 'flow_prediction', 'sample')
 
 def check_prediction_type(
     prediction_type, # what somebody asked for

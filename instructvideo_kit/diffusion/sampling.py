@@ -28,6 +28,7 @@ def to_x0_eps(
     check_prediction_type(prediction_type)
     if prediction_type == 'epsilon': return epsilon_to_x0(prediction, z_t, alpha_bar_t), prediction
     if prediction_type == 'v_prediction': return v_to_x0(prediction, z_t, alpha_bar_t), v_to_epsilon(prediction, z_t, alpha_bar_t)
+    if prediction_type == 'sample': return prediction, x0_to_epsilon(prediction, z_t, alpha_bar_t)
     return flow_to_x0(prediction, z_t, alpha_bar_t), flow_to_epsilon(prediction, z_t, alpha_bar_t)
 
 def from_x0(
@@ -39,6 +40,7 @@ def from_x0(
     "The network output that means x0: to_x0_eps backwards."
     alpha_bar_t = per_sample(alpha_bar_t, z_t)
     check_prediction_type(prediction_type)
+    if prediction_type == 'sample': return x0
     convert = {'epsilon': x0_to_epsilon, 'v_prediction': x0_to_v, 'flow_prediction': x0_to_flow}[prediction_type]
     return convert(x0, z_t, alpha_bar_t)
 

@@ -16,11 +16,11 @@ from .schedule import Schedule
 def step_sensitivity(
     timesteps, # descending training steps (n,)
     schedule:Schedule,
-)->Tensor: # (n,) float64, one number per step, all of them negative
+)->Tensor: # (n,) float64, one number per step: negative, but positive for a "sample" prediction
     "d z_prev / d prediction of each DDIM step: the same number for every latent, as the step is linear in the prediction."
     now, prev = (torch.tensor([schedule.at(t) for t in ts], dtype=torch.float64) for ts in zip(*step_pairs(timesteps)))
     for_v = (1 - prev).sqrt() * now.sqrt() - prev.sqrt() * (1 - now).sqrt()
-    share = {'v_prediction': 1., 'epsilon': now.sqrt(), 'flow_prediction': now.sqrt() + (1 - now).sqrt()}
+    share = {'v_prediction': 1., 'epsilon': now.sqrt(), 'flow_prediction': now.sqrt() + (1 - now).sqrt(), 'sample': -(1 - now).sqrt()}
     return for_v / share[schedule.prediction_type]
 
 # %% ../../nbs/diffusion/02_truncation.ipynb #2e30eeaf

@@ -20,7 +20,8 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
-from ..diffusion.sampling import denoise, guide
+from ..diffusion.sampling import guide
+from ..diffusion.solver import solve
 from ..diffusion.schedule import Schedule
 from ..files import KitError, locate, write_atomic
 from .patch_autoencoder import PatchAutoencoder
@@ -114,7 +115,7 @@ def open_part(
 # %% ../../nbs/policy/01_base.ipynb #9cc74b1e
 class VideoPolicy:
     "A text-to-video diffusion model seen as a policy: prompts -> videos (b, f, 3, h, w) in [0, 1], every part frozen, dropout off."
-    PARTS, PIPELINE, PREDICTIONS = PARTS, "TextToVideoSDPipeline", ("epsilon", "v_prediction")
+    PARTS, PIPELINE, PREDICTIONS = PARTS, "TextToVideoSDPipeline", ("epsilon", "v_prediction", "sample")
     SPECIAL_TOKENS = 2 # start and end
     frame_step = 1 # the autoencoder takes k * frame_step + 1 frames
 
@@ -499,8 +500,9 @@ def generate(
     batch:int=8, # clips at a time
     progress:bool=False, # show a bar with an ETA
     image=None, # (b, 3, h, w) in [0, 1], for image-to-video policies, instead of prompts
+    solver:str="ddim", # or "dpm2m", of second order: fewer steps for the same clip
 )->"Tensor": # video (b, f, 3, h, w) in [0, 1]
-    "Full DDIM chain (eta = 0) from noise, decoded and clamped. ValueError for another count of noises than of prompts."
+    "Full chain (no noise on the way), decoded and clamped. ValueError for another count of noises, or an unknown solver."
     n = self.count(prompts, image)
     noise = self.noise(range(n), seed) if noise is None else noise.to(self.device)
     if len(noise) != n: raise ValueError(f"noise for {len(noise)} clips, but {n} prompts: expected as many")
@@ -509,7 +511,8 @@ def generate(
     with tqdm(total=len(starts) * n_ddim, desc="sampling", disable=not progress) as bar:
         for i in starts:
             model = self.denoiser(part(prompts, i), guidance_scale, image=part(image, i))
-            z_0 = denoise(model, noise[i:i + batch], timesteps, self.schedule, callback=lambda *_: bar.update())
+            tick = lambda *_: bar.update()
+            z_0 = solve(model, noise[i:i + batch], timesteps, self.schedule, solver, callback=tick)
             videos.append(self.decode(z_0).clamp(0, 1))
     return torch.cat(videos)
 
