@@ -6,10 +6,13 @@
 __all__ = ['CogVideoXPolicy']
 
 # %% ../../nbs/policy/04_cogvideox.ipynb #6747d566
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from einops import rearrange
+from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
 from ..files import KitError
@@ -31,7 +34,8 @@ class CogVideoXPolicy(CausalVideoPolicy):
     def defaults(self)->dict:
         "The clips that the model was trained on; guidance as in its documentation."
         config, scale = self.network.config, self.scale_factor
-        return {"n_frames": config.sample_frames, "guidance_scale": 6.0, "size": (config.sample_height * scale, config.sample_width * scale)}
+        return {"n_frames": config.sample_frames, "guidance_scale": 6.0,
+                "size": (config.sample_height * scale, config.sample_width * scale)}
 
     @property
     def packed(self)->int:
@@ -55,33 +59,37 @@ class CogVideoXPolicy(CausalVideoPolicy):
 
     def prefix(self, last:int)->int:
         "As CausalVideoPolicy.prefix, rounded up to the end of a chunk: the decoder normalises over each chunk."
-        chunk, needed = self.vae.num_latent_frames_batch_size, super().prefix(last)
+        chunk = self.vae.num_latent_frames_batch_size
+        needed = super().prefix(last)
         first = min(self.latent_frames, chunk + self.latent_frames % chunk) # the first chunk takes the remainder
         return first + max(0, -(-(needed - first) // chunk)) * chunk
 
-    def check_shape(self):
+    def check_shape(self)->None:
         "KitError unless this is a CogVideoX 1.0 and takes this frame count and size."
         super().check_shape()
         if self.network.config.patch_size_t is not None:
-            raise KitError(f"the transformer has patch_size_t {self.network.config.patch_size_t} as in CogVideoX 1.5, which is not supported: "
+            raise KitError(f"the transformer has patch_size_t {self.network.config.patch_size_t} as in CogVideoX 1.5, "
+                           f"which is not supported: "
                            "expected a CogVideoX 1.0 (2B or 5B)")
 
-    def rotary(self):
+    def rotary(self)->Any: # (cosines, sines) or None
         "Cosines and sines of the rotary positions, or None where the transformer has its own."
         config = self.network.config
         if not config.use_rotary_positional_embeddings: return None
         from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid # late: slow
         h, w = (side // self.multiple for side in self.size)
-        crops = get_resize_crop_region_for_grid((h, w), config.sample_width // config.patch_size, config.sample_height // config.patch_size)
+        crops = get_resize_crop_region_for_grid((h, w), config.sample_width // config.patch_size,
+                                                config.sample_height // config.patch_size)
         return get_3d_rotary_pos_embed(config.attention_head_dim, crops, (h, w), self.latent_frames, device=self.device)
 
     def predict(
         self,
-        z_t, # noisy latents (b, c, f, h, w)
+        z_t:Tensor, # noisy latents (b, c, f, h, w)
         t:int, # training step
-        text, # (b, n, d)
-    )->"Tensor": # like z_t
+        text:Tensor, # (b, n, d)
+    )->Tensor: # like z_t
         "One call of the transformer, which wants frames before channels."
         z = rearrange(z_t.to(self.dtype), "b c f h w -> b f c h w")
         steps = torch.full((len(z),), self.schedule.time(t), device=z.device)
-        return rearrange(self.network(z, text, steps, image_rotary_emb=self.rotary()).sample, "b f c h w -> b c f h w")
+        answer = self.network(z, text, steps, image_rotary_emb=self.rotary()).sample
+        return rearrange(answer, "b f c h w -> b c f h w")

@@ -22,16 +22,18 @@ def tar_center(
     raise ValueError(f"center is {center!r}; known are 'paper' (F // 2) and 'midpoint' ((F - 1) / 2)")
 
 def tar_weights(
-    g, # frame numbers (b, s), 0-based, long
+    g:Tensor, # frame numbers (b, s), 0-based, long
     n_frames:int, # F
     lam:float=1.0, # decay lambda_tar per frame; 0 gives plain means
     center:str='paper', # "paper" or "midpoint", see tar_center
 )->Tensor: # (b, s) weights in (0, 1], float
-    "f_i = exp(-lam |g(i) - centre|), Eq. (7) of InstructVideo; ValueError when lam < 0, a frame is not in 0..F-1 or the centre unknown."
-    if not 0 <= lam < float('inf'): raise ValueError(f"lam is {lam}; the decay must be a finite number >= 0 (0 weighs all frames alike)")
+    "f_i = exp(-lam |g(i) - centre|), Eq. (7) of InstructVideo; ValueError when lam < 0 or a frame is not in 0..F-1."
+    if not 0 <= lam < float('inf'):
+        raise ValueError(f"lam is {lam}; the decay must be a finite number >= 0 (0 weighs all frames alike)")
     g = torch.as_tensor(g)
     if g.numel() and not 0 <= g.min() <= g.max() < n_frames:
-        raise ValueError(f"frame numbers run from {g.min()} to {g.max()}; with {n_frames} frames they must lie in 0..{n_frames - 1}")
+        raise ValueError(f"frame numbers run from {g.min()} to {g.max()}; with {n_frames} frames they must lie in "
+                         f"0..{n_frames - 1}")
     return torch.exp(-lam * (g - tar_center(n_frames, center)).abs().float())
 
 # %% ../../nbs/reward/02_tar.ipynb #21dc425b
@@ -41,6 +43,7 @@ def expected_weights(
     lam:float=1.0, # decay lambda_tar
     center:str='paper', # "paper" or "midpoint"
 )->Tensor: # (s,) float
-    "E[f_i] over the uniform choice of one frame per segment; divide by its sum for the share of the gradient each segment gets."
+    "E[f_i] over the uniform choice of one frame per segment; divided by its sum: each segment's share of the gradient."
     weights = tar_weights(torch.arange(n_frames), n_frames, lam, center)
-    return torch.stack([part.mean() for part in weights.tensor_split(segment_bounds(n_frames, n_segments)[1:-1])])
+    segments = weights.tensor_split(segment_bounds(n_frames, n_segments)[1:-1])
+    return torch.stack([part.mean() for part in segments])
