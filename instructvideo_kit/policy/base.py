@@ -680,9 +680,9 @@ def save_pretrained(
     folder = Path(folder)
     index: dict[str, Any] = {"_class_name": self.PIPELINE, "_diffusers_version": diffusers_version}
     for part in self.PARTS:
-        module: Any = getattr(self, part)
-        # else the path it came from is written down
-        if isinstance(module, ModelMixin): module.register_to_config(_name_or_path=self.name)
+        module = getattr(self, part)
+        is_model = isinstance(module, ModelMixin)
+        if is_model: module.register_to_config(_name_or_path=self.name) # else the path it came from is written down
         module.save_pretrained(folder / part)
         index[part] = index_entry(module)
     kit = {**self.kit, "n_frames": self.n_frames, "size": list(self.size), "guidance_scale": self.guidance_scale}

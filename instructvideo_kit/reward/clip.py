@@ -58,7 +58,7 @@ def _unit(
 class ClipReward(nn.Module):
     "Image reward of the CLIP family: (frames (b, s, 3, h, w) in [0, 1], prompts) -> (b, s) cosines times `scale`."
     def __init__(self,
-        model:CLIPModel, # of transformers
+        model:Any, # CLIPModel of transformers
         tokenizer:CLIPTokenizer, # its own
         preprocess:str="clip", # "hpsv2", "released", "clip" or "squash"
         scale:float=1.0, # factor on the cosine
@@ -505,7 +505,8 @@ class AestheticReward(nn.Module):
         "Score each frame; ValueError for bad frames."
         check_frames(frames, prompts)
         features = self.clip.image_features(frames, chunk)
-        return self.head(features.to(self.head[0].weight.dtype)).squeeze(-1)
+        dtype = next(self.head.parameters()).dtype
+        return self.head(features.to(dtype)).squeeze(-1)
 
     @classmethod
     def from_pretrained(cls,

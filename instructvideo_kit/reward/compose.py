@@ -8,6 +8,7 @@ __all__ = ['WeightedReward', 'per_clip', 'measure_scales', 'vader_mixed']
 # %% ../../nbs/reward/05_compose.ipynb #03d02ed9
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class WeightedReward:
         shapes = {k: tuple(r.shape) for k, r in scores.items()}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"the rewards give different shapes: {shapes}; use per_clip to bring them all to (b,)")
-        total = 0
+        total: Any = 0
         for k, r in scores.items():
             m, d = self.scales.get(k, (0, 1))
             total = total + self.weights.get(k, 1.) * (r - m) / d

@@ -139,7 +139,7 @@ def idefics_pictures(
 class VideoScoreModel(Idefics2PreTrainedModel):
     "Idefics2 without its word predictor, and a linear head; named as the released weights are."
     def __init__(self,
-        config:Idefics2Config, # with num_labels scores
+        config:Any, # Idefics2Config, with num_labels scores
     ):
         super().__init__(config)
         self.model = Idefics2Model(config)
@@ -337,7 +337,7 @@ QWEN_KEYS = {r"^visual\.": "model.visual.", r"^model\.(?!language_model\.|visual
 class VideoScoreQwenModel(Qwen2VLPreTrainedModel):
     "Qwen2-VL without its word predictor, and a linear head."
     def __init__(self,
-        config:Qwen2VLConfig, # with num_labels scores
+        config:Any, # Qwen2VLConfig, with num_labels scores
     ):
         super().__init__(config)
         self.model = Qwen2VLModel(config)
@@ -438,7 +438,7 @@ def _find(
 )->tuple[Path, dict]: # folder, name and max_frames
     "Name or path -> folder and what is known about it; KitError says how to fetch it."
     known = _known(name)
-    facts = VIDEOSCORES[known] if known else dict(max_frames=16)
+    facts: dict[str, Any] = VIDEOSCORES[known] if known else dict(max_frames=16)
     source = facts["source"] if known and not Path(name).exists() else str(name)
     try: folder = locate(source, "videoscore")
     except KitError as e:
