@@ -164,15 +164,19 @@ class InteractivePipeline:
         check_reading(reading, start)
         lams = self.lambdas(lam, n_ddim, mask)
         if edited is None: edited, lams = image, [torch.tensor(1.)] * n_ddim
-        text, noise = self.join(prompt, motion), self.i2v.noise([0], seed)
-        told = [self.told(text, each) for each in (image, edited)]
-        steer = None
-        if drags: steer = self.steering(self.target(image, edited, drags, lams[0]), follow, [0.] * n_ddim)
-        elif hold: steer = self.steering(self.still(edited), hold, self.where_painted(image, edited, lams))
+        noise = self.i2v.noise([0], seed)
+        told = [self.told(self.join(prompt, motion), each) for each in (image, edited)]
+        steer = self.steer(image, edited, drags, lams, follow, hold)
         watch = watcher(n_ddim, progress, stop)
         try: z_0 = denoise_blended(self.i2v, *told, noise, lams, reading, n_ddim, guidance_scale, watch, steer, start)
         except Stopped: return None
         return self.i2v.decode(z_0).clamp(0, 1)
+
+    def steer(self, image, edited, drags, lams, follow, hold)->Callable|None: # model -> model
+        "What the arrows, or the place that was painted, make of a model; None without either."
+        if drags: return self.steering(self.target(image, edited, drags, lams[0]), follow, [0.] * len(lams))
+        if hold: return self.steering(self.still(edited), hold, self.where_painted(image, edited, lams))
+        return None
 
     def lambdas(self, lam, n_ddim, mask)->list: # of tensors, one per step
         "lambda of every step, 1 outside the mask. ValueError as check_lam and check_mask."
