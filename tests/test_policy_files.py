@@ -109,7 +109,7 @@ def test_directories_and_loras_open_without_the_kit(tmp_path):
     assert "error" in saved or distance(saved["adapted"], adapted) < 1e-4
     assert distance(transformer["adapted"], transformer["base"]) > 1e-4
     assert distance(transformer["base"], cog_base) < 1e-4 and distance(transformer["adapted"], draw(cog)) < 1e-4
-    assert torch.equal(transformer["unloaded"], transformer["base"])
+    assert distance(transformer["unloaded"], transformer["base"]) < 1e-5
 
 
 def test_lora_of_a_video_unet_loads_after_one_import(tmp_path):
@@ -121,7 +121,7 @@ def test_lora_of_a_video_unet_loads_after_one_import(tmp_path):
     assert "error" not in seen, seen.get("error")
     assert distance(seen["adapted"], seen["base"]) > 1e-3
     assert distance(seen["adapted"], draw(policy)) < 1e-4
-    assert torch.equal(seen["unloaded"], seen["base"])
+    assert distance(seen["unloaded"], seen["base"]) < 1e-5
 
 
 # ---- AutoencoderKL

@@ -159,7 +159,7 @@ class InteractivePipeline:
         hold:float=0., # share of the steps in which the painted place goes to the edited picture; without arrows
         progress:Callable=None, # called (steps done, n_ddim)
         stop:Callable=None, # called without arguments after each step; True ends the run
-    )->Tensor: # clip (1, f, 3, h, w) in [0, 1]; None when stopped
+    )->Tensor|None: # clip (1, f, 3, h, w) in [0, 1]; None when stopped
         "A clip that follows all instructions given. ValueError for a picture, mask, arrow or lam that does not fit."
         check_reading(reading, start)
         lams = self.lambdas(lam, n_ddim, mask)
