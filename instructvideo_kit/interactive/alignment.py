@@ -6,6 +6,9 @@
 __all__ = ['AlignmentHead', 'redrawn', 'fit_head']
 
 # %% ../../nbs/interactive/04_alignment.ipynb #6747d566
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -16,23 +19,30 @@ from ..diffusion.schedule import corrupt
 
 # %% ../../nbs/interactive/04_alignment.ipynb #3864df15
 class AlignmentHead(nn.Module):
-    "Eq. (5) of InteractiveVideo: frames (b, f, 3, h, w) and their picture (b, 3, h, w) -> aligned frames; values about [0, 1]."
+    "Eq. (5) of InteractiveVideo: frames (b, f, 3, h, w) and picture (b, 3, h, w) -> aligned frames, about [0, 1]."
     def __init__(
         self,
-        width:int=None, # channels inside, after a widening convolution; None: the three of the difference, to the letter
+        width:int=None, # channels inside, after a widening convolution; None: the three of the difference
         skip:bool=True, # add the frame back, and see it beside the difference
         groups:int=1, # of the GroupNorm
     ):
         super().__init__()
-        seen, inside, self.skip = (6 if skip else 3), width or (6 if skip else 3), skip
+        self.skip = skip
+        seen = 6 if skip else 3
+        inside = width or seen
         self.widen = nn.Conv2d(seen, inside, 3, padding=1) if width else nn.Identity()
-        self.norm, self.act, self.out = nn.GroupNorm(groups, inside), nn.SiLU(), nn.Conv2d(inside, 3, 3, padding=1)
-        if skip: nn.init.zeros_(self.out.weight); nn.init.zeros_(self.out.bias)
+        self.norm = nn.GroupNorm(groups, inside)
+        self.act = nn.SiLU()
+        self.out = nn.Conv2d(inside, 3, 3, padding=1)
+        if skip:
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
 
     def forward(self, frames, image):
         "ValueError when frames and picture do not fit."
         if frames.ndim != 5 or image.shape != frames[:, 0].shape:
-            raise ValueError(f"frames {tuple(frames.shape)} and picture {tuple(image.shape)}: expected (b, f, 3, h, w) and (b, 3, h, w)")
+            raise ValueError(f"frames {tuple(frames.shape)} and picture {tuple(image.shape)}: expected (b, f, 3, h, "
+                             f"w) and (b, 3, h, w)")
         flat, difference = (rearrange(x, "b f c h w -> (b f) c h w") for x in (frames, frames - image[:, None]))
         x = self.widen(torch.cat([difference, flat], 1) if self.skip else difference)
         change = rearrange(self.out(self.act(self.norm(x))), "(b f) c h w -> b f c h w", f=frames.shape[1])
@@ -41,17 +51,19 @@ class AlignmentHead(nn.Module):
 # %% ../../nbs/interactive/04_alignment.ipynb #e6d1cbb2
 @torch.no_grad()
 def redrawn(
-    policy, # image-to-video policy
+    policy:Any, # VideoPolicy, image-to-video
     clips:Tensor, # (b, f, 3, h, w) in [0, 1]
-    prompts, # list of b strings
+    prompts:Sequence[str], # b captions
     tau:float=.6, # noise level
     n_ddim:int=10, # D of the full chain
     seed:int=0,
 )->Tensor: # like clips
-    "The clips as the policy draws them again from noise level tau, with their first frames as pictures: pairs for a head."
+    "The clips as the policy draws them again from level tau, with their first frames as pictures: pairs for a head."
     timesteps, noise = policy.schedule.timesteps(n_ddim, tau), policy.noise(range(len(clips)), seed)
     z_t = corrupt(policy.encode(clips.to(policy.device)).to(noise), noise, policy.schedule.at(int(timesteps[0])))
-    return policy.decode(denoise(policy.denoiser(prompts, image=clips[:, 0]), z_t, timesteps, policy.schedule)).clamp(0, 1).float()
+    model = policy.denoiser(prompts, image=clips[:, 0])
+    z_0 = denoise(model, z_t, timesteps, policy.schedule)
+    return policy.decode(z_0).clamp(0, 1).float()
 
 def fit_head(
     head:AlignmentHead, # trained in place
@@ -63,7 +75,8 @@ def fit_head(
     seed:int=0,
 )->list: # loss of every step
     "Train a head to give the clips back, by squared error; ValueError for clips of unequal shape."
-    if drawn.shape != clips.shape: raise ValueError(f"drawn is {tuple(drawn.shape)}, but clips {tuple(clips.shape)}: expected pairs")
+    if drawn.shape != clips.shape:
+        raise ValueError(f"drawn is {tuple(drawn.shape)}, but clips {tuple(clips.shape)}: expected pairs")
     g, optimiser, losses = torch.Generator().manual_seed(seed), torch.optim.Adam(head.parameters(), lr), []
     for step in range(steps):
         for group in optimiser.param_groups: group["lr"] = lr * (1 - step / steps)

@@ -7,6 +7,9 @@ __all__ = ['READINGS', 'STARTS', 'LAMBDA_SCHEDULES', 'check_lam', 'blend_noise',
            'Pair', 'blended', 'with_noise', 'blended_twins', 'noised_still', 'check_reading', 'denoise_blended']
 
 # %% ../../nbs/interactive/00_blend.ipynb #6747d566
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from einops import repeat
 from torch import Tensor
@@ -19,35 +22,39 @@ from ..diffusion.schedule import corrupt
 READINGS, STARTS = ("shared", "two_latents"), ("noise", "picture")
 
 def check_lam(
-    lam, # number or tensor
+    lam:float|Tensor|list, # number or tensor
 )->Tensor: # float
     "lambda as a tensor; ValueError unless all of it lies in [0, 1]."
     lam = torch.as_tensor(lam, dtype=torch.float32)
     if not ((lam >= 0) & (lam <= 1)).all():
-        raise ValueError(f"lam goes from {lam.min():g} to {lam.max():g}; it must lie in [0, 1]: 1 is the original picture, 0 the edited")
+        raise ValueError(f"lam goes from {lam.min():g} to {lam.max():g}; it must lie in [0, 1]: 1 is the original "
+                         f"picture, 0 the edited")
     return lam
 
 def blend_noise(
     eps:Tensor, # noise predicted with the picture as it was (b, ...)
     eps_edit:Tensor, # noise predicted with the edited picture, like eps
-    lam, # number or tensor in [0, 1] that broadcasts over eps: (1, 1, f, 1, 1) by frame, (1, 1, 1, h, w) by place
+    lam:float|Tensor, # in [0, 1], that broadcasts over eps: (1, 1, f, 1, 1) by frame, (1, 1, 1, h, w) by place
 )->Tensor: # like eps
-    "lam eps + (1 - lam) eps_edit, Eq. (4) of InteractiveVideo; ValueError for lam outside [0, 1] or of a shape that does not fit."
+    "lam eps + (1 - lam) eps_edit, Eq. (4) of InteractiveVideo; ValueError for lam outside [0, 1] or of another shape."
     lam = check_lam(lam).to(eps)
-    if eps.shape != eps_edit.shape: raise ValueError(f"eps is {tuple(eps.shape)}, eps_edit {tuple(eps_edit.shape)}: expected the same shape")
+    if eps.shape != eps_edit.shape:
+        raise ValueError(f"eps is {tuple(eps.shape)}, eps_edit {tuple(eps_edit.shape)}: expected the same shape")
     if lam.ndim > eps.ndim or any(m not in (1, n) for m, n in zip(lam.shape[::-1], eps.shape[::-1])):
         raise ValueError(f"lam of shape {tuple(lam.shape)} does not broadcast over noise of shape {tuple(eps.shape)}")
     return lam * eps + (1 - lam) * eps_edit
 
 # %% ../../nbs/interactive/00_blend.ipynb #9f5f91b3
 def masked(
-    lam, # number, or a tensor that broadcasts over (b, c, f, h', w')
+    lam:float|Tensor, # broadcasts over (b, c, f, h', w')
     mask:Tensor, # painted region (1, 1, h, w) in [0, 1]
     size:tuple, # (h', w') of the latents
 )->Tensor: # (1, 1, 1, h', w') or larger: lam where painted, 1 elsewhere
     "lambda that lets only the painted region follow the edit; ValueError for a mask of another shape or an empty one."
-    if mask.ndim != 4 or mask.shape[:2] != (1, 1): raise ValueError(f"mask of shape {tuple(mask.shape)}: expected (1, 1, h, w)")
-    if not mask.any(): raise ValueError("the mask is empty, so nothing would follow the edit: paint a region, or leave the mask out")
+    if mask.ndim != 4 or mask.shape[:2] != (1, 1):
+        raise ValueError(f"mask of shape {tuple(mask.shape)}: expected (1, 1, h, w)")
+    if not mask.any():
+        raise ValueError("the mask is empty, so nothing would follow the edit: paint a region, or leave the mask out")
     small = adaptive_avg_pool2d(mask.float().clamp(0, 1), size)[:, :, None]
     return 1 - small * (1 - check_lam(lam).to(small))
 
@@ -61,31 +68,33 @@ def lambda_schedule(
     end:float=1.0, # ramp: lambda of the last step
     window:tuple=(0., .5), # window: the part of the chain, from 0 to 1, in which the edit counts
 )->list: # n numbers, the first for the noisiest step
-    "constant: lam; ramp: from lam straight to `end`; window: lam in the window, 1 outside. ValueError for other names and windows."
+    "constant: lam; ramp: from lam to `end`; window: lam in the window, 1 outside. ValueError for other names, windows."
     check_lam([lam, end])
     if name == "constant": return [lam] * n
     if name == "ramp": return torch.linspace(lam, end, n).tolist()
     if name != "window": raise ValueError(f"lambda schedule {name!r}: known are {', '.join(LAMBDA_SCHEDULES)}")
     start, stop = window
-    if not 0 <= start < stop <= 1: raise ValueError(f"window is {window}: expected (start, stop) with 0 <= start < stop <= 1")
+    if not 0 <= start < stop <= 1:
+        raise ValueError(f"window is {window}: expected (start, stop) with 0 <= start < stop <= 1")
     return [lam if start <= i / n < stop else 1. for i in range(n)]
 
 def lam_at_step(
-    lam, # number or tensor for all steps, or a list with one of these per step
-    timesteps, # descending training steps (n,)
+    lam:float|Tensor|list, # for all steps, or a list with one per step
+    timesteps:Sequence[int], # descending training steps (n,)
 )->dict: # training step -> tensor
     "lambda of every step; ValueError for a list of another length or values outside [0, 1]."
     steps = [int(t) for t in timesteps]
     lams = lam if isinstance(lam, (list, tuple)) else [lam] * len(steps)
-    if len(lams) != len(steps): raise ValueError(f"lam has {len(lams)} entries, but the chain has {len(steps)} steps: expected as many")
+    if len(lams) != len(steps):
+        raise ValueError(f"lam has {len(lams)} entries, but the chain has {len(steps)} steps: expected as many")
     return {t: check_lam(value) for t, value in zip(steps, lams)}
 
 # %% ../../nbs/interactive/00_blend.ipynb #ec3533c8
 class Pair:
-    "Two conditions of one policy: `plain(z, t)` and `edit(z, t)` alone, as the policy draws them, and `both` in one call of the network."
+    "Two conditions of one policy: `plain(z, t)` and `edit(z, t)` alone, and `both` in one call of the network."
     def __init__(
         self,
-        policy, # an image-to-video policy
+        policy:Any, # VideoPolicy, image-to-video
         told:dict, # arguments of its `denoiser`: prompts (list of b strings), image (b, 3, h, w)
         told_edit:dict, # the same after the edit
         guidance_scale:float=None, # w; None: the policy's own
@@ -100,7 +109,8 @@ class Pair:
         "Clips of the one batch: unguided ones first, each once."
         guided = [(0, self.cond), (1, self.cond_edit)]
         if self.w == 1: return guided
-        return [(0, self.uncond), *guided] if shared and self.same_uncond else [(0, self.uncond), (1, self.uncond_edit), *guided]
+        return [(0, self.uncond), *guided] if shared and self.same_uncond else [(0, self.uncond), (1, self.uncond_edit),
+                                                                                *guided]
 
     def both(
         self,
@@ -111,7 +121,8 @@ class Pair:
         "Both predictions from one call of the network."
         rows, z = self.branches(z_edit is None), (z_t, z_t if z_edit is None else z_edit)
         told = [torch.cat(parts) for parts in zip(*(what for _, what in rows))]
-        *unconds, cond, cond_edit = self.policy.predict(torch.cat([z[which] for which, _ in rows]), t, *told).to(z_t.dtype).chunk(len(rows))
+        *unconds, cond, cond_edit = self.policy.predict(torch.cat([z[which] for which, _ in rows]), t,
+                                                        *told).to(z_t.dtype).chunk(len(rows))
         if not unconds: return cond, cond_edit
         w = self.policy.guidance(self.w)
         return guide(cond, unconds[0], w), guide(cond_edit, unconds[-1], w)
@@ -120,7 +131,7 @@ class Pair:
 def blended(
     pair, # has plain, edit and both, as Pair
     lam_at:dict, # training step -> lambda, from lam_at_step
-)->"callable": # model(z_t, t) -> prediction, for `denoise`
+)->Callable: # model(z_t, t) -> prediction, for `denoise`
     "Eq. (4) of InteractiveVideo with one z_t; steps in which lambda is all 1 or all 0 run one condition only."
     def model(z_t, t):
         lam = lam_at[int(t)]
@@ -144,14 +155,15 @@ def blended_twins(
     pair, # has plain, edit and both, as Pair
     lam_at:dict, # training step -> lambda, from lam_at_step
     schedule, # of the policy
-)->"callable": # model(latents (2b, c, f, h, w), t) -> prediction, for `denoise`; the second half are z'_t
+)->Callable: # model(latents (2b, c, f, h, w), t) -> prediction, for `denoise`; the second half are z'_t
     "Eq. (4) of InteractiveVideo with z_t and z'_t: both chains step with the blended noise."
     def model(twins, t):
         (z, z_edit), lam, alpha_bar_t = twins.chunk(2), lam_at[int(t)], schedule.at(t)
         kind = schedule.prediction_type
         def noise(p, z): return to_x0_eps(p, z, alpha_bar_t, kind)[1]
         def move(p, a, b): return with_noise(noise(p, a), b, alpha_bar_t, kind)
-        if alpha_bar_t == 0: return torch.cat([blended(pair, lam_at)(z, t)] * 2) # pure noise: z and z' are the same here
+        # pure noise: z and z' are the same here
+        if alpha_bar_t == 0: return torch.cat([blended(pair, lam_at)(z, t)] * 2)
         if (lam == 1).all(): return torch.cat([p := pair.plain(z, t), move(p, z, z_edit)])
         if (lam == 0).all(): return torch.cat([move(p := pair.edit(z_edit, t), z_edit, z), p])
         p, p_edit = pair.both(z, t, z_edit)
@@ -161,7 +173,7 @@ def blended_twins(
 
 # %% ../../nbs/interactive/00_blend.ipynb #e679567e
 def noised_still(
-    policy, # an image-to-video policy
+    policy:Any, # VideoPolicy, image-to-video
     image:Tensor, # (b, 3, h, w) in [0, 1]
     noise:Tensor, # (b, c, f, h', w')
     t:int, # training step
@@ -177,17 +189,17 @@ def check_reading(reading, start="noise"):
 
 @torch.no_grad()
 def denoise_blended(
-    policy, # an image-to-video policy
+    policy:Any, # VideoPolicy, image-to-video
     told:dict, # prompts (list of b strings), image (b, 3, h, w) in [0, 1]
     told_edit:dict, # the same after the edit
     noise:Tensor, # start noise (b, c, f, h', w')
-    lam=1.0, # number or tensor for all steps, or a list with one of these per step
+    lam:float|Tensor|list=1.0, # for all steps, or a list with one per step
     reading:str="shared", # one of READINGS
     n_ddim:int=20, # D, DDIM steps
     guidance_scale:float=None, # w; None: the policy's own
-    callback=None, # called (i, t, z) after step i
-    steer=None, # turns a model(z_t, t) into another one, such as a drag
-    start:str="noise", # of "shared": "noise" as policies are sampled, or "picture", the noised still; "two_latents" always begins there
+    callback:Callable=None, # called (i, t, z) after step i
+    steer:Callable=None, # turns a model(z_t, t) into another one, such as a drag
+    start:str="noise", # of "shared": "noise", or "picture", the noised still, where "two_latents" always begins
 )->Tensor: # z_0, like noise
     "Full DDIM chain with Eq. (4) of InteractiveVideo in it. ValueError for another reading, or lam outside [0, 1]."
     check_reading(reading, start)
@@ -200,4 +212,5 @@ def denoise_blended(
     def chain(z): return denoise(model, z, timesteps, schedule, callback=callback)
     if shared and start == "noise": return chain(noise)
     twins = [noised_still(policy, each["image"], noise, first) for each in (told, told_edit)]
-    return chain(blend_noise(*twins, lam_at[first])) if shared else blend_noise(*chain(torch.cat(twins)).chunk(2), lam_at[last])
+    return chain(blend_noise(*twins, lam_at[first])) if shared else blend_noise(*chain(torch.cat(twins)).chunk(2),
+                                                                                lam_at[last])

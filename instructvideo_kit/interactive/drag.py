@@ -23,8 +23,10 @@ def check_drags(
     h, w = size
     for start, end, radius in drags:
         for name, (x, y) in (("start", start), ("end", end)):
-            if not (0 <= x <= w and 0 <= y <= h): raise ValueError(f"the drag's {name} ({x:g}, {y:g}) lies outside the {w}x{h} picture")
-        if not 0 < radius < float("inf"): raise ValueError(f"the drag's radius is {radius:g} pixels: it must be above 0")
+            if not (0 <= x <= w and 0 <= y <= h):
+                raise ValueError(f"the drag's {name} ({x:g}, {y:g}) lies outside the {w}x{h} picture")
+        if not 0 < radius < float("inf"):
+            raise ValueError(f"the drag's radius is {radius:g} pixels: it must be above 0")
 
 def disc(
     centre, # (x, y) in pixels; pixel i covers i ... i + 1
@@ -52,7 +54,7 @@ def fill(
     x:Tensor, # (n, c, h, w)
     hole:Tensor, # (n, 1, h, w) in [0, 1], 1 where x is unknown
 )->Tensor: # like x; unchanged where hole is 0
-    "Fill holes from their surroundings with a pyramid of means along rows, then columns; a picture that is all hole becomes black."
+    "Fill holes from their surroundings with a pyramid of means along rows, then columns; all hole becomes black."
     known, (h, w) = 1 - hole, x.shape[2:]
     if h * w == 1 or (known == 1).all(): return known * x
     two = (1, 2) if w > 1 else (2, 1)
@@ -66,11 +68,14 @@ def fill(
 def matte(
     image:Tensor, # (1, 3, h, w) in [0, 1]
     within:Tensor, # (1, 1, h, w) in [0, 1], a generous region
-    low:float=.06, high:float=.16, # differences of colour from here count, from there in full
+    low:float=.06, # differences of colour from here count
+    high:float=.16, # and from here in full
 )->Tensor: # like within
-    "What stands out from its surroundings within a region, with a pixel around it; all of the region where nothing does."
+    "What stands out from its surroundings within a region, and a pixel around; all of it where nothing does."
     if (within > 0).all(): return within
-    stands_out = (image - fill(image, (within > 0).to(image))).abs().amax(1, keepdim=True).sub(low).div(high - low).clamp(0, 1)
+    surroundings = fill(image, (within > 0).to(image))
+    difference = (image - surroundings).abs().amax(1, keepdim=True)
+    stands_out = difference.sub(low).div(high - low).clamp(0, 1)
     cut = within * max_pool2d(stands_out, 3, 1, 1)
     return cut if cut.mean() > .05 * within.mean() else within
 
@@ -79,13 +84,14 @@ def displaced(
     image:Tensor, # (1, 3, h, w) in [0, 1]
     drags, # list of (start, end, radius) in image pixels
     n_frames:int, # F
-    region:Tensor=None, # (1, 1, h, w): exactly what the arrows take along; None: what stands out in the disc around each start
+    region:Tensor=None, # (1, 1, h, w): what the arrows take along; None: what stands out around each start
 )->tuple: # clip (1, f, 3, h, w), touched (1, f, 1, h, w) in [0, 1]: where a region is or was
-    "The picture with the regions sliding along their arrows; its first frame is the picture. ValueError as check_drags."
+    "The picture with regions sliding along their arrows; its first frame is the picture. ValueError as check_drags."
     check_drags(drags, image.shape[2:])
     if not drags: raise ValueError("there is no drag: give at least one (start, end, radius)")
     time, frames = torch.linspace(0, 1, n_frames)[:, None], repeat(image, "1 c h w -> f c h w", f=n_frames)
-    cuts = [matte(image, disc(start, radius, image.shape[2:])) if region is None else region.to(image) for start, _, radius in drags]
+    cuts = [matte(image, disc(start, radius, image.shape[2:])) if region is None else region.to(image) for start, _,
+            radius in drags]
     hole = 1 - torch.stack([1 - cut for cut in cuts]).prod(0)
     behind = image if (hole > 0).all() else fill(image, (hole > 0).to(image)) # nothing to fill from: leave it
     clip, touched = behind.expand_as(frames), hole.expand(n_frames, -1, -1, -1)

@@ -6,6 +6,9 @@
 __all__ = ['opened', 'to_image', 'img2img', 'join_texts', 'Stopped', 'watcher', 'InteractivePipeline']
 
 # %% ../../nbs/interactive/02_pipeline.ipynb #6747d566
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -17,7 +20,7 @@ from .blend import (
     blend_noise, check_lam, check_reading, denoise_blended, lam_at_step, masked, noised_still)
 from .drag import displaced, steered
 from .session import pixels
-from ..policy.base import check_image
+from ..policy.base import VideoPolicy, check_image
 
 # %% ../../nbs/interactive/02_pipeline.ipynb #d47ffc79
 def opened(
@@ -32,22 +35,24 @@ def opened(
         raise KitError(f'"{picture}" does not open as a picture: {str(error)[:120]}') from None
 
 def to_image(
-    picture, # path, PIL image of any mode, or tensor (3, h, w) or (1, 3, h, w) in [0, 1]
+    picture:Any, # path, PIL image of any mode, or tensor (3, h, w) or (1, 3, h, w) in [0, 1]
     size:tuple, # (h, w) that the policy takes
 )->Tensor: # (1, 3, h, w) float32 in [0, 1]
-    "Any picture as a policy takes it: upright, RGB, its middle cut to the shape wanted and resized. KitError for what is no picture."
+    "Any picture as a policy takes it: upright, RGB, its middle cut and resized. KitError for what is no picture."
     x = torch.from_numpy(pixels(opened(picture))).permute(2, 0, 1)[None]
-    if not (x.min() >= -.01 and x.max() <= 1.01): raise KitError(f"the picture goes from {x.min():.3g} to {x.max():.3g}; expected [0, 1]")
+    if not (x.min() >= -.01 and x.max() <= 1.01):
+        raise KitError(f"the picture goes from {x.min():.3g} to {x.max():.3g}; expected [0, 1]")
     if tuple(x.shape[2:]) == tuple(size): return x.contiguous()
     scale = max(n / m for n, m in zip(size, x.shape[2:]))
-    x = interpolate(x, [max(n, round(m * scale)) for n, m in zip(size, x.shape[2:])], mode="bicubic", antialias=True).clamp(0, 1)
+    x = interpolate(x, [max(n, round(m * scale)) for n, m in zip(size, x.shape[2:])], mode="bicubic",
+                    antialias=True).clamp(0, 1)
     top, left = ((m - n) // 2 for n, m in zip(size, x.shape[2:]))
     return x[:, :, top:top + size[0], left:left + size[1]].contiguous()
 
 # %% ../../nbs/interactive/02_pipeline.ipynb #e6d1cbb2
 @torch.no_grad()
 def img2img(
-    policy, # text-to-video policy, whose first frame is the picture
+    policy:VideoPolicy, # text-to-video, whose first frame is the picture
     prompt:str, # content instruction
     image:Tensor=None, # image instruction (1, 3, h, w) in [0, 1]; None: from noise
     strength:float=.6, # tau, how much of the picture is noised away, in [0, 1]; 0 returns it
@@ -55,11 +60,13 @@ def img2img(
     n_ddim:int=20, # D of the full chain
     guidance_scale:float=None, # w; None: the policy's own
 )->Tensor: # (1, 3, h, w) in [0, 1]
-    "P_img of Eq. (1) of InteractiveVideo: SDEdit of a picture, or a new one. ValueError for strength outside [0, 1] or another size."
-    if not 0 <= strength <= 1: raise ValueError(f"strength is {strength}: expected 0 (keep the picture) to 1 (only the text counts)")
+    "P_img of Eq. (1) of InteractiveVideo: SDEdit of a picture, or a new one. ValueError for strength outside [0, 1]."
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}: expected 0 (keep the picture) to 1 (only the text counts)")
     if image is not None: check_image(image, policy.size)
     if image is not None and strength == 0: return image
-    timesteps, z_t = policy.schedule.timesteps(n_ddim, 1. if image is None else strength), policy.noise([0], seed)
+    timesteps = policy.schedule.timesteps(n_ddim, 1. if image is None else strength)
+    z_t = policy.noise([0], seed)
     if image is not None: z_t = noised_still(policy, image, z_t, int(timesteps[0]))
     z_0 = denoise(policy.denoiser([prompt], guidance_scale), z_t, timesteps, policy.schedule)
     return policy.decode(z_0, torch.zeros(1, 1, dtype=torch.long))[:, 0].clamp(0, 1)
@@ -77,9 +84,9 @@ class Stopped(Exception): "Raised inside a chain when the user said stop."
 
 def watcher(
     n:int, # steps of the chain
-    progress=None, # called (steps done, n)
-    stop=None, # called without arguments; True ends the chain
-)->"callable": # callback of `denoise`
+    progress:Callable=None, # called (steps done, n)
+    stop:Callable=None, # called without arguments; True ends the chain
+)->Callable: # callback of `denoise`
     "Reports each step and ends the chain when asked."
     def callback(i, t, z):
         if progress is not None: progress(i + 1, n)
@@ -88,16 +95,19 @@ def watcher(
 
 # %% ../../nbs/interactive/02_pipeline.ipynb #929c3c64
 class InteractivePipeline:
-    "Eq. (1) of InteractiveVideo: a picture from a picture and a text, a clip from that picture, a motion text and arrows; no training."
+    "Eq. (1) of InteractiveVideo: picture and text -> picture; that, motion text and arrows -> clip; no training."
     def __init__(
         self,
-        i2v_policy, # image-to-video: its `denoiser` takes image=
-        t2v_policy=None, # text-to-video, for the image stage, of the same size; None: pictures come from elsewhere
-        join=join_texts, # (content, motion) -> the text of the video stage
+        i2v_policy:VideoPolicy, # image-to-video: its `denoiser` takes image=
+        t2v_policy:VideoPolicy=None, # text-to-video of the same size, for the image stage; None: no such stage
+        join:Callable=join_texts, # (content, motion) -> the text of the video stage
     ):
-        self.i2v, self.t2v, self.join, self.size = i2v_policy, t2v_policy, join, i2v_policy.size
+        self.i2v, self.t2v = i2v_policy, t2v_policy
+        self.join = join
+        self.size = i2v_policy.size
         if t2v_policy is not None and tuple(t2v_policy.size) != tuple(self.size):
-            raise ValueError(f"the image stage draws {tuple(t2v_policy.size)} pixels, the video stage takes {tuple(self.size)}: expected the same")
+            raise ValueError(f"the image stage draws {tuple(t2v_policy.size)} pixels, the video stage takes "
+                             f"{tuple(self.size)}: expected the same")
 
     def to_image(self, picture)->Tensor: # (1, 3, h, w)
         "Any picture as this pipeline takes it, see to_image."
@@ -112,7 +122,8 @@ class InteractivePipeline:
         n_ddim:int=20, # D
     )->Tensor: # (1, 3, h, w) in [0, 1]
         "The intermediate picture, see img2img. ValueError without a text-to-video policy."
-        if self.t2v is None: raise ValueError("this pipeline has no image stage: give t2v_policy, or bring the picture yourself")
+        if self.t2v is None:
+            raise ValueError("this pipeline has no image stage: give t2v_policy, or bring the picture yourself")
         return img2img(self.t2v, prompt, image, strength, seed, n_ddim)
 
     def told(self, text, image)->dict: # arguments of the policy's denoiser
@@ -126,7 +137,8 @@ class InteractivePipeline:
 
     def target(self, image, edited, drags, lam)->Tensor: # (1, c, f, h', w')
         "Latents of the displaced clip; of both pictures, blended, where there is an edit."
-        return blend_noise(*(self.latents(displaced(each, drags, self.i2v.n_frames)[0]) for each in (image, edited)), lam)
+        plain, edit = (displaced(each, drags, self.i2v.n_frames)[0] for each in (image, edited))
+        return blend_noise(self.latents(plain), self.latents(edit), lam)
 
     @torch.no_grad()
     def video(
@@ -135,8 +147,8 @@ class InteractivePipeline:
         prompt:str, # content instruction
         edited:Tensor=None, # the picture after the user's edit, like image
         motion:str=None, # motion instruction
-        drags=(), # trajectory instructions: (start (x, y), end (x, y), radius) in image pixels
-        lam=1.0, # Eq. (4): 1 is the picture as it was, 0 the edited one; number, tensor, or list with one per step
+        drags:Sequence[tuple]=(), # trajectory instructions: (start (x, y), end (x, y), radius) in image pixels
+        lam:float|Tensor|list=1.0, # Eq. (4): 1 is the picture as it was, 0 the edited one; a list: one per step
         reading:str="shared", # of Eq. (4): "shared" or "two_latents"
         mask:Tensor=None, # (1, 1, h, w) in [0, 1]: where the clip may follow the edit; None: everywhere
         seed:int=0,
@@ -144,24 +156,38 @@ class InteractivePipeline:
         guidance_scale:float=None, # w; None: the policy's own
         start:str="picture", # of the chain: the picture's noised still, or "noise"
         follow:float=.8, # share of the steps that go to the displaced clip, in [0, 1]
-        hold:float=0., # share of the steps in which the painted place goes to the edited picture itself; without arrows
-        progress=None, # called (steps done, n_ddim)
-        stop=None, # called without arguments after each step; True ends the run
-    )->Tensor: # clip (1, f, 3, h, w) in [0, 1]; None when stopped
-        "A clip that follows all instructions given. ValueError for a picture, mask, arrow or lam that does not fit, in one line."
+        hold:float=0., # share of the steps in which the painted place goes to the edited picture; without arrows
+        progress:Callable=None, # called (steps done, n_ddim)
+        stop:Callable=None, # called without arguments after each step; True ends the run
+    )->Tensor|None: # clip (1, f, 3, h, w) in [0, 1]; None when stopped
+        "A clip that follows all instructions given. ValueError for a picture, mask, arrow or lam that does not fit."
         check_reading(reading, start)
-        lams = [check_lam(value) for value in lam] if isinstance(lam, (list, tuple)) else [check_lam(lam)] * n_ddim
+        lams = self.lambdas(lam, n_ddim, mask)
         if edited is None: edited, lams = image, [torch.tensor(1.)] * n_ddim
-        if mask is not None: lams = [masked(value, self.check_mask(mask), self.i2v.latent_shape[2:]) for value in lams]
-        text = self.join(prompt, motion)
-        told, noise = [self.told(text, each) for each in (image, edited)], self.i2v.noise([0], seed)
-        still = edited[:, None].expand(-1, self.i2v.n_frames, -1, -1, -1)
-        if drags: steer = self.steering(self.target(image, edited, drags, lams[0]), follow, [0.] * n_ddim)
-        else: steer = self.steering(self.latents(still), hold, self.where_painted(image, edited, lams)) if hold else None
+        noise = self.i2v.noise([0], seed)
+        told = [self.told(self.join(prompt, motion), each) for each in (image, edited)]
+        steer = self.steer(image, edited, drags, lams, follow, hold)
         watch = watcher(n_ddim, progress, stop)
         try: z_0 = denoise_blended(self.i2v, *told, noise, lams, reading, n_ddim, guidance_scale, watch, steer, start)
         except Stopped: return None
         return self.i2v.decode(z_0).clamp(0, 1)
+
+    def steer(self, image, edited, drags, lams, follow, hold)->Callable|None: # model -> model
+        "What the arrows, or the place that was painted, make of a model; None without either."
+        if drags: return self.steering(self.target(image, edited, drags, lams[0]), follow, [0.] * len(lams))
+        if hold: return self.steering(self.still(edited), hold, self.where_painted(image, edited, lams))
+        return None
+
+    def lambdas(self, lam, n_ddim, mask)->list: # of tensors, one per step
+        "lambda of every step, 1 outside the mask. ValueError as check_lam and check_mask."
+        lams = [check_lam(value) for value in lam] if isinstance(lam, (list, tuple)) else [check_lam(lam)] * n_ddim
+        if mask is None: return lams
+        self.check_mask(mask)
+        return [masked(value, mask, self.i2v.latent_shape[2:]) for value in lams]
+
+    def still(self, picture)->Tensor: # (1, c, f, h', w')
+        "Latents of the clip in which the picture stands still."
+        return self.latents(picture[:, None].expand(-1, self.i2v.n_frames, -1, -1, -1))
 
     def check_mask(self, mask):
         "ValueError unless the mask is of the picture's size."
@@ -172,10 +198,12 @@ class InteractivePipeline:
     def where_painted(self, image, edited, lams)->list: # of tensors, one per step
         "lambda where the two pictures differ, 1 elsewhere."
         differ = ((image - edited).abs().amax(1, keepdim=True) > .02).float()
-        return [masked(lam, differ, self.i2v.latent_shape[2:]) for lam in lams] if differ.any() else [torch.tensor(1.)] * len(lams)
+        if not differ.any(): return [torch.tensor(1.)] * len(lams)
+        return [masked(lam, differ, self.i2v.latent_shape[2:]) for lam in lams]
 
-    def steering(self, target, share, lams)->"callable": # model -> model
-        "The first share of the steps go to the target, as far as lambda lets them. ValueError for a share outside [0, 1]."
+    def steering(self, target, share, lams)->Callable: # model -> model
+        "The first share of steps go to the target as far as lambda lets them. ValueError for a share outside [0, 1]."
         if not 0 <= share <= 1: raise ValueError(f"the share of the steps that follow is {share}: expected 0 to 1")
         lams = [lam if i / len(lams) < share else 1. for i, lam in enumerate(lams)]
-        return lambda model: steered(model, target, lam_at_step(lams, self.i2v.schedule.timesteps(len(lams))), self.i2v.schedule)
+        return lambda model: steered(model, target, lam_at_step(lams, self.i2v.schedule.timesteps(len(lams))),
+                                     self.i2v.schedule)

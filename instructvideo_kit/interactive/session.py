@@ -21,9 +21,11 @@ from ..files import KitError, near, write_atomic
 def upright(
     image, # PIL image
 )->Image.Image: # RGB
-    "The picture as a person sees it: EXIF turn applied, transparency laid on white, grey made RGB; KitError for more than 8 bits a colour."
-    if not isinstance(image, Image.Image): raise KitError(f"a picture is a PIL image; got {type(image).__name__}: use PIL.Image.open")
-    if image.mode[0] in "IF": raise KitError(f"the picture has mode {image.mode}, more than 8 bits a colour; save it as an 8-bit PNG first")
+    "The picture as a person sees it: EXIF turn applied, transparency on white, grey made RGB; KitError beyond 8 bits."
+    if not isinstance(image, Image.Image):
+        raise KitError(f"a picture is a PIL image; got {type(image).__name__}: use PIL.Image.open")
+    if image.mode[0] in "IF":
+        raise KitError(f"the picture has mode {image.mode}, more than 8 bits a colour; save it as an 8-bit PNG first")
     image = ImageOps.exif_transpose(image)
     if not image.has_transparency_data: return image.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
@@ -44,7 +46,8 @@ def coverage(
     width:int, height:int, # of the picture
 )->np.ndarray: # (h, w) float32 in [0, 1]
     "Share of each pixel that a round brush covers on its way through the points."
-    xy, cover, box = np.asarray(points, dtype=float), np.zeros((height, width), np.float32), _box(points, size, width, height)
+    xy, cover, box = np.asarray(points, dtype=float), np.zeros((height, width), np.float32), _box(points, size, width,
+                                                                                                  height)
     (top, bottom), (left, right) = ((s.start, s.stop) for s in box)
     if left >= right or top >= bottom: return cover # it never touches the picture
     fine = Image.new("L", ((right - left) * GRID, (bottom - top) * GRID))
@@ -90,7 +93,7 @@ def _colour(value):
 
 # %% ../../nbs/interactive/05_session.ipynb #3f827664
 class EditSession:
-    "What a user did to a picture of width x height pixels: strokes, mask, drags (steps, with undo), texts, lam in [0, 1] and seed."
+    "What a user did to a picture of width x height pixels: strokes, mask, drags (with undo), texts, lam and seed."
     def __init__(self,
         width:int, height:int, # of the picture, in pixels
         lam:float=0.5, # Eq. 4: 1 keeps the original, 0 follows the edit
@@ -123,9 +126,13 @@ class EditSession:
     def _point(self, point, name, margin):
         "(x, y) within the picture and a margin of so many pictures around it."
         try: x, y = point
-        except (TypeError, ValueError): raise KitError(f"{name} is {point!r}; expected (x, y) in image pixels") from None
-        inside = all(isinstance(v, Real) and -margin * size <= v <= (1 + margin) * size for v, size in ((x, self.width), (y, self.height)))
-        if not inside: raise KitError(f"{name} ({x}, {y}) lies {'far ' if margin else ''}outside the {self.width}x{self.height} picture")
+        except (TypeError, ValueError):
+            raise KitError(f"{name} is {point!r}; expected (x, y) in image pixels") from None
+        inside = all(isinstance(v, Real) and -margin * size <= v <= (1 + margin) * size for v,
+                     size in ((x, self.width), (y, self.height)))
+        if not inside:
+            raise KitError(f"{name} ({x}, {y}) lies {'far ' if margin else ''}outside the {self.width}x{self.height} "
+                           f"picture")
         return [float(x), float(y)]
 
     def _line(self, points, size):
@@ -145,7 +152,8 @@ def stroke(self:EditSession,
     opacity:float=1.0, # in (0, 1]; once per stroke, also where it crosses itself
 ):
     "Paint along the points; KitError for an empty stroke or a bad colour."
-    self._step("stroke", **self._line(points, size), colour=_colour(colour), opacity=_number(opacity, "opacity", 0.01, 1))
+    self._step("stroke", **self._line(points, size), colour=_colour(colour),
+               opacity=_number(opacity, "opacity", 0.01, 1))
 
 @patch
 def erase(self:EditSession, points, size:float=4, layer:str="paint"):
@@ -165,8 +173,11 @@ def drag(self:EditSession,
 ):
     "An arrow from start to end; KitError when either lies outside the picture or they are the same."
     start, end = self._point(start, "drag start", 0), self._point(end, "drag end", 0)
-    if start == end: raise KitError(f"the drag starts and ends at ({start[0]:g}, {start[1]:g}); draw it from what moves to where it goes")
-    self._step("drag", start=start, end=end, radius=_number(radius, "drag radius", 0.25, 2 * max(self.width, self.height)))
+    if start == end:
+        raise KitError(f"the drag starts and ends at ({start[0]:g}, {start[1]:g}); draw it from what moves to where "
+                       f"it goes")
+    self._step("drag", start=start, end=end, radius=_number(radius, "drag radius", 0.25, 2 * max(self.width,
+                                                                                                 self.height)))
 
 @patch
 def delete_drag(self:EditSession, index:int):
@@ -221,7 +232,8 @@ def __eq__(self:EditSession, other): return isinstance(other, EditSession) and s
 @patch
 def _again(self:EditSession, i, step):
     "Do step number i once more, from its data."
-    if not isinstance(step, dict): raise KitError(f"step {i + 1} is {str(step)[:40]!r}; expected a stroke, a drag or the like")
+    if not isinstance(step, dict):
+        raise KitError(f"step {i + 1} is {str(step)[:40]!r}; expected a stroke, a drag or the like")
     kind = step.get("kind")
     if kind not in STEPS: raise KitError(f"step {i + 1} is of the kind {kind!r}; {near(kind, STEPS)}")
     try: getattr(self, kind)(**{name: value for name, value in step.items() if name != "kind"})
@@ -230,9 +242,11 @@ def _again(self:EditSession, i, step):
 @patch(cls_method=True)
 def replay(cls:EditSession, state:dict)->EditSession:
     "A session from its plain data; KitError naming the version or the first step that is wrong."
-    if not isinstance(state, dict) or state.get("format") != FORMAT: raise KitError("this is not an edit session: no such \"format\" in it")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise KitError("this is not an edit session: no such \"format\" in it")
     if (version := state.get("version")) != VERSION:
-        raise KitError(f"a session of version {version!r}; this kit reads version {VERSION}: open it with the kit that wrote it")
+        raise KitError(f"a session of version {version!r}; this kit reads version {VERSION}: open it with the kit "
+                       f"that wrote it")
     if lost := [key for key in KEYS if key not in state]: raise KitError(f"the session lacks {', '.join(lost)}")
     session = cls(*(state[key] for key in KEYS[:4]))
     session.say(state["content"], state["motion"])
@@ -264,7 +278,8 @@ def load(self:EditSession, path):
 def adopt(self:EditSession, other:EditSession):
     "Become a copy of another session of the same picture size."
     if (other.width, other.height) != (self.width, self.height):
-        raise KitError(f"the session is for a picture of {other.width}x{other.height}, this one has {self.width}x{self.height}")
+        raise KitError(f"the session is for a picture of {other.width}x{other.height}, this one has "
+                       f"{self.width}x{self.height}")
     self.__dict__.update(EditSession.replay(other.state()).__dict__)
 
 # %% ../../nbs/interactive/05_session.ipynb #c652fdc6
@@ -273,7 +288,8 @@ def pixels(
 )->np.ndarray: # (h, w, 3) float32 in [0, 1]
     "A picture as numbers, upright; KitError when it is no picture."
     if isinstance(image, Image.Image): return np.asarray(upright(image), np.float32) / 255
-    if not hasattr(image, "detach"): raise KitError(f"a picture is a PIL image or a tensor (3, h, w) in [0, 1]; got {type(image).__name__}")
+    if not hasattr(image, "detach"):
+        raise KitError(f"a picture is a PIL image or a tensor (3, h, w) in [0, 1]; got {type(image).__name__}")
     shape = tuple(image.shape)
     if len(shape) not in (3, 4) or shape[-3] != 3 or shape[:-3] not in ((), (1,)):
         raise KitError(f"the picture has shape {shape}; expected (3, h, w) or (1, 3, h, w)")
@@ -287,17 +303,20 @@ def _like(image, picture):
 
 @patch
 def paint(self:EditSession, image):
-    "The picture with strokes and eraser applied, of the same kind as it came; KitError when its size is not the session's."
+    "The picture with strokes and eraser applied, of the kind it came in; KitError when its size is not the session's."
     original = pixels(image)
     if original.shape[:2] != (self.height, self.width):
-        raise KitError(f"the picture has {original.shape[1]}x{original.shape[0]} pixels, the session {self.width}x{self.height}; "
+        raise KitError(f"the picture has {original.shape[1]}x{original.shape[0]} pixels, the session "
+                       f"{self.width}x{self.height}; "
                        "begin a session of the picture's size")
     glass = np.zeros((self.height, self.width, 4), np.float32) # colour times opacity, and opacity
     for step in self.marks:
         if step["kind"] != "stroke" and step.get("layer") != "paint": continue
         brush = step["points"], step["size"], self.width, self.height
         box, share = _box(*brush), coverage(*brush)[..., None] * np.float32(step.get("opacity", 1))
-        ink = np.array([*ImageColor.getrgb(step["colour"]), 255], np.float32) / 255 if "colour" in step else np.float32(0) # eraser
+        # eraser
+        ink = np.array([*ImageColor.getrgb(step["colour"]), 255],
+                       np.float32) / 255 if "colour" in step else np.float32(0)
         glass[box] = glass[box] * (1 - share[box]) + ink * share[box]
     return _like(image, glass[..., :3] + (1 - glass[..., 3:]) * original)
 
@@ -313,7 +332,7 @@ def _mask_array(self:EditSession):
 
 @patch
 def mask(self:EditSession):
-    "Where the video may follow the edit, tensor (1, 1, h, w) in [0, 1]; None when nothing is marked: the whole picture follows."
+    "Where the video may follow the edit, tensor (1, 1, h, w) in [0, 1]; None when nothing is marked: everywhere."
     import torch
     mask = self._mask_array()
     return torch.from_numpy(mask)[None, None] if mask.any() else None

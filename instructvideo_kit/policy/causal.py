@@ -6,16 +6,20 @@
 __all__ = ['CausalVideoPolicy']
 
 # %% ../../nbs/policy/03_causal.ipynb #401ca315
+from typing import Any
+
+from torch import Tensor
+
 from ..files import KitError
 from .base import VideoPolicy, pick_frames
 
 # %% ../../nbs/policy/03_causal.ipynb #8272fa6f
 class CausalVideoPolicy(VideoPolicy):
-    "A transformer over latents that are packed in time by a causal autoencoder, told what to draw by a T5-like encoder."
+    "A transformer over latents packed in time by a causal autoencoder, told what to draw by a T5-like encoder."
     SPECIAL_TOKENS = 1 # the end
 
     @property
-    def unet(self):
+    def unet(self)->Any:
         "The denoising network by the name that it has in UNet policies."
         return self.network
 
@@ -43,24 +47,25 @@ class CausalVideoPolicy(VideoPolicy):
 
     def to_latents(
         self,
-        x, # (b, 3, f, h, w) in [-1, 1]
-    )->"Tensor": # (b, c, f', h', w'), not scaled
+        x:Tensor, # (b, 3, f, h, w) in [-1, 1]
+    )->Tensor: # (b, c, f', h', w'), not scaled
         "The autoencoder's encoder on the whole clip, mode of its distribution."
         return self.vae.encode(x).latent_dist.mode()
 
     def to_frames(
         self,
-        z, # (b, c, f', h', w'), not scaled
-        frames, # frame numbers (b, s), checked; None: all
-    )->"Tensor": # (b, s, 3, h, w) in [-1, 1]
-        "The decoder on the shortest prefix of the latents that holds the last chosen frame: later ones are left out, earlier ones cannot be."
+        z:Tensor, # (b, c, f', h', w'), not scaled
+        frames:Tensor, # frame numbers (b, s), checked; None: all
+    )->Tensor: # (b, s, 3, h, w) in [-1, 1]
+        "The decoder on the shortest prefix of latents that holds the last chosen frame: later ones are left out."
         last = self.n_frames - 1 if frames is None else int(frames.max())
         return pick_frames(self.vae.decode(z[:, :, :self.prefix(last)]).sample, frames)
 
-    def check_shape(self):
-        "KitError unless the autoencoder and the network take this frame count and size, and the network denoises latents alone."
+    def check_shape(self)->None:
+        "KitError unless frame count and size are taken and the network denoises latents alone."
         super().check_shape()
         taken, given = self.network.config.in_channels, self.network.config.out_channels
         if taken != given:
-            raise KitError(f"the transformer takes {taken} channels for latents of {given}, as image-to-video and editing variants do: "
+            raise KitError(f"the transformer takes {taken} channels for latents of {given}, as image-to-video and "
+                           f"editing variants do: "
                            "expected a text-to-video model")

@@ -6,21 +6,26 @@
 __all__ = ['FirstFrameUNet3DModel', 'widened', 'FirstFramePolicy']
 
 # %% ../../nbs/policy/08_first_frame.ipynb #6747d566
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from diffusers import UNet3DConditionModel
 from einops import repeat
+from torch import Tensor
 
 from .base import PARTS, VideoPolicy, check_image, check_prompts
 
 # %% ../../nbs/policy/08_first_frame.ipynb #56f463ba
 class FirstFrameUNet3DModel(UNet3DConditionModel):
-    "A UNet3DConditionModel that takes the first frame's latents beside the noisy ones: in_channels is twice out_channels."
+    "A UNet3DConditionModel that takes the first frame's latents too: in_channels is twice out_channels."
 
 def widened(
-    unet, # UNet3DConditionModel of a text-to-video model
+    unet:Any, # UNet3DConditionModel of a text-to-video model
 )->FirstFrameUNet3DModel: # draws the same clips, whatever the picture
     "The network with input channels for a picture, whose weights are zero."
-    wide = FirstFrameUNet3DModel.from_config({**unet.config, "in_channels": 2 * unet.config.out_channels}).to(unet.device, unet.dtype)
+    wide = FirstFrameUNet3DModel.from_config({**unet.config,
+                                              "in_channels": 2 * unet.config.out_channels}).to(unet.device, unet.dtype)
     state = unet.state_dict()
     state["conv_in.weight"] = torch.cat([state["conv_in.weight"], torch.zeros_like(state["conv_in.weight"])], 1)
     wide.load_state_dict(state)
@@ -33,37 +38,46 @@ class FirstFramePolicy(VideoPolicy):
     "Text and first frame -> video: prompts as for other policies, and image=(b, 3, h, w) in [0, 1]."
     PARTS = {**PARTS, "unet": ((FirstFrameUNet3DModel,), PARTS["unet"][1])}
 
-    def count(self, prompts, image):
+    def count(
+        self,
+        prompts:Sequence[str], # b captions
+        image:Tensor, # (b, 3, h, w) in [0, 1]
+    )->int: # b
         "Clips that are asked for. ValueError unless there are as many pictures as prompts."
-        check_prompts(prompts); check_image(image, self.size)
-        if len(prompts) != len(image): raise ValueError(f"{len(prompts)} prompts and {len(image)} pictures: expected as many")
+        check_prompts(prompts)
+        check_image(image, self.size)
+        if len(prompts) != len(image):
+            raise ValueError(f"{len(prompts)} prompts and {len(image)} pictures: expected as many")
         return len(prompts)
 
     @torch.no_grad()
     def image_latents(
         self,
-        image, # (b, 3, h, w) in [0, 1]
-    )->"Tensor": # (b, c, f, h', w'), the same for each frame
+        image:Tensor|None, # (b, 3, h, w) in [0, 1]
+    )->Tensor: # (b, c, f, h', w'), the same for each frame
         "Latents of the first frame, once for each frame."
-        check_image(image, self.size)
-        z = self.scaled(self.to_latents(2 * image[:, :, None].to(self.device, self.vae.dtype) - 1)).to(self.dtype)
+        x = check_image(image, self.size)[:, :, None].to(self.device, self.vae.dtype) # a clip of one frame
+        z = self.scaled(self.to_latents(2 * x - 1)).to(self.dtype)
         return repeat(z, "b c 1 h w -> b c f h w", f=self.latent_frames)
 
     def conditions(
         self,
-        prompts, # list of b strings, or embeddings (b, n, d)
-        image=None, # (b, 3, h, w) in [0, 1], or latents (b, c, f, h', w') that may differ from frame to frame
+        prompts:Sequence[str]|Tensor|None, # b captions, or embeddings (b, n, d)
+        image:Tensor=None, # (b, 3, h, w) in [0, 1], or latents (b, c, f, h', w') that may differ from frame to frame
     )->tuple: # (with the caption, without): (text, picture's latents) each
         "Text embeddings and the picture's latents; the unguided branch has the picture and the empty caption."
         cond, uncond = super().conditions(prompts)
-        latents = image.to(self.device, self.dtype) if torch.is_tensor(image) and image.ndim == 5 else self.image_latents(image)
+        if image is not None and image.ndim == 5: latents = image.to(self.device, self.dtype)
+        else: latents = self.image_latents(image)
         return (*cond, latents), (*uncond, latents)
 
     def predict(
         self,
-        z_t, # noisy latents (b, c, f, h', w')
+        z_t:Tensor, # noisy latents (b, c, f, h', w')
         t:int, # training step
-        text, latents, # from `conditions`
-    )->"Tensor": # like z_t
+        text:Tensor, # (b, n, d), from `conditions`
+        latents:Tensor, # the picture's (b, c, f, h', w'), from `conditions`
+    )->Tensor: # like z_t
         "One call of the network."
-        return self.network(torch.cat([z_t.to(self.dtype), latents], 1), self.schedule.time(t), text).sample
+        z = torch.cat([z_t.to(self.dtype), latents], 1)
+        return self.network(z, self.schedule.time(t), text).sample

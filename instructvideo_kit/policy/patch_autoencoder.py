@@ -6,6 +6,8 @@
 __all__ = ['to_patches', 'from_patches', 'patch_pca', 'PatchAutoencoder']
 
 # %% ../../nbs/policy/00_patch_autoencoder.ipynb #6747d566
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -13,45 +15,53 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 
 # %% ../../nbs/policy/00_patch_autoencoder.ipynb #83e33502
 def to_patches(
-    x, # images (n, c, h, w)
+    x:Tensor, # images (n, c, h, w)
     patch:int, # side of a patch in pixels; divides h and w
-)->"Tensor": # (n, h/patch, w/patch, c*patch*patch)
+)->Tensor: # (n, h/patch, w/patch, c*patch*patch)
     "Cut images into flat patches. ValueError where the side is not a multiple of `patch`."
     if x.ndim != 4 or x.shape[-2] % patch or x.shape[-1] % patch:
-        raise ValueError(f"images of shape {tuple(x.shape)}: expected (n, c, h, w) with h and w multiples of the patch, {patch}; resize or crop them")
+        raise ValueError(f"images of shape {tuple(x.shape)}: expected (n, c, h, w) with h and w multiples of the "
+                         f"patch, {patch}; resize or crop them")
     return rearrange(x, "n c (h p) (w q) -> n h w (c p q)", p=patch, q=patch)
 
 
 def from_patches(
-    patches, # (n, h, w, c*patch*patch)
+    patches:Tensor, # (n, h, w, c*patch*patch)
     patch:int, # side of a patch in pixels
-)->"Tensor": # images (n, c, h*patch, w*patch)
+)->Tensor: # images (n, c, h*patch, w*patch)
     "Put flat patches together again: the inverse of `to_patches`."
     return rearrange(patches, "n h w (c p q) -> n c (h p) (w q)", p=patch, q=patch)
 
 # %% ../../nbs/policy/00_patch_autoencoder.ipynb #8bba1a34
 def patch_pca(
-    frames, # (n, c, h, w), any range
+    frames:Tensor, # (n, c, h, w), any range
     patch:int, # side of a patch in pixels
     channels:int, # how many components are kept
-)->tuple: # mean (d,), components (channels, d) of length one, std (channels,) along each, all float64; d = c*patch*patch
-    "Principal components of all patches of `frames`, strongest first (covariance in float64). ValueError if channels > d."
+)->tuple[Tensor, Tensor, Tensor]: # float64: mean (d,), components (channels, d) of length one, std along each
+    "Principal components of all patches, strongest first; d = c*patch*patch. ValueError if channels > d."
     x = to_patches(frames, patch).flatten(0, 2).double()
     if not 1 <= channels <= x.shape[1]:
-        raise ValueError(f"channels={channels}: a patch of {patch}x{patch} pixels has {x.shape[1]} numbers, so expected 1 ... {x.shape[1]}")
+        raise ValueError(f"channels={channels}: a patch of {patch}x{patch} pixels has {x.shape[1]} numbers, so "
+                         f"expected 1 ... {x.shape[1]}")
     mean = x.mean(0)
-    variance, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
-    variance, vectors = variance.flip(0)[:channels], vectors.flip(1).T[:channels]
-    sign = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign() # eigenvectors have no sign of their own: fix one
-    return mean, vectors * sign, variance.clamp_min(variance.max() * 1e-12).clamp_min(1e-24).sqrt()
+    covariance = (x - mean).T @ (x - mean) / len(x)
+    variance, vectors = torch.linalg.eigh(covariance) # weakest first
+    variance = variance.flip(0)[:channels]
+    vectors = vectors.flip(1).T[:channels]
+    # eigenvectors have no sign of their own: fix one
+    sign = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
+    std = variance.clamp_min(variance.max() * 1e-12).clamp_min(1e-24).sqrt()
+    return mean, vectors * sign, std
 
 # %% ../../nbs/policy/00_patch_autoencoder.ipynb #528aed61
 class PatchAutoencoder(ModelMixin, ConfigMixin):
-    "Linear autoencoder of patches with AutoencoderKL's interface; x (n, 3, h, w) in [-1, 1], z (n, channels, h/patch, w/patch)."
+    "Linear autoencoder of patches with AutoencoderKL's interface: (n, 3, h, w) in [-1, 1] <-> (n, channels, h/p, w/p)."
+    config: Any # register_to_config fills it with the arguments below
+
     @register_to_config
     def __init__(
         self,
@@ -63,38 +73,53 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if 2 ** (len(block_out_channels) - 1) != patch_size:
-            raise ValueError(f"block_out_channels {tuple(block_out_channels)}: expected log2(patch_size)+1 entries for patch_size={patch_size}")
+            raise ValueError(f"block_out_channels {tuple(block_out_channels)}: expected log2(patch_size)+1 entries "
+                             f"for patch_size={patch_size}")
         d = in_channels * patch_size ** 2
         self.mean = nn.Parameter(torch.zeros(d))
         self.encoder = nn.Parameter(torch.zeros(latent_channels, d))
         self.decoder = nn.Parameter(torch.zeros(d, latent_channels))
 
-    def encode(self, x, return_dict=True):
+    def encode(
+        self,
+        x:Tensor, # images (n, 3, h, w) in [-1, 1]
+        return_dict:bool=True, # False: a tuple
+    )->AutoencoderKLOutput|tuple:
         "Images (n, 3, h, w) in [-1, 1] -> an object whose latent_dist has mode() and sample(), which are equal here."
         z = F.linear(to_patches(x, self.config.patch_size) - self.mean, self.encoder)
         z = rearrange(z, "n h w c -> n c h w")
         dist = DiagonalGaussianDistribution(torch.cat([z, torch.zeros_like(z)], 1), deterministic=True)
         return AutoencoderKLOutput(latent_dist=dist) if return_dict else (dist,)
 
-    def decode(self, z, return_dict=True):
+    def decode(
+        self,
+        z:Tensor, # latents (n, channels, h/patch, w/patch)
+        return_dict:bool=True, # False: a tuple
+    )->Any: # DecoderOutput
         "Latents (n, channels, h, w) -> an object whose sample is (n, 3, h*patch, w*patch), about [-1, 1], not clamped."
         x = F.linear(rearrange(z, "n c h w -> n h w c"), self.decoder, self.mean)
         x = from_patches(x, self.config.patch_size)
         return DecoderOutput(sample=x) if return_dict else (x,)
 
-    def forward(self, x): return self.decode(self.encode(x).latent_dist.mode())
+    def forward(self, x:Tensor)->Any:
+        "Encoded and decoded: an object whose sample is like x."
+        (dist,) = self.encode(x, return_dict=False)
+        return self.decode(dist.mode())
 
     @classmethod
     def fit(
         cls,
-        frames, # (n, 3, h, w) in [0, 1]
+        frames:Tensor, # (n, 3, h, w) in [0, 1]
         patch:int=4, # pixels, a power of two
         channels:int=20, # latent channels
     )->"PatchAutoencoder": # frozen, in eval mode
-        "Closed form from frames in [0, 1]: PCA of patches, each component divided by sqrt(its std), then all by one factor to unit std."
-        if patch < 1 or patch & (patch - 1): raise ValueError(f"patch={patch}: expected a power of two, as pipelines count halvings")
+        "Closed form: PCA of patches, each component divided by sqrt(its std), then all by one factor to unit std."
+        if patch < 1 or patch & (patch - 1):
+            raise ValueError(f"patch={patch}: expected a power of two, as pipelines count halvings")
         mean, components, std = patch_pca(2 * frames - 1, patch, channels)
         gain = (std * std.mean()).rsqrt()[:, None] # z_i then has variance std_i / mean(std): one on average
         vae = cls(patch, channels, frames.shape[1], (1,) * patch.bit_length())
-        for p, v in zip((vae.mean, vae.encoder, vae.decoder), (mean, components * gain, (components / gain).T)): p.data.copy_(v)
+        vae.mean.data.copy_(mean)
+        vae.encoder.data.copy_(components * gain)
+        vae.decoder.data.copy_((components / gain).T)
         return vae.requires_grad_(False).eval()

@@ -6,33 +6,45 @@
 __all__ = ['UNITS', 'units', 'recomputed']
 
 # %% ../../nbs/policy/07_recompute.ipynb #32952f39
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .base import VideoPolicy
+
 # %% ../../nbs/policy/07_recompute.ipynb #e35f6bfb
-UNITS = ("ResnetBlock2D", "TemporalConvLayer", "Transformer2DModel", "TransformerTemporalModel", # UNet3DConditionModel
-         "SpatioTemporalResBlock", "TransformerSpatioTemporalModel", "CogVideoXBlock", "WanTransformerBlock")
+UNITS = (
+    "ResnetBlock2D", "TemporalConvLayer", "Transformer2DModel", "TransformerTemporalModel", # UNet3DConditionModel
+    "SpatioTemporalResBlock", "TransformerSpatioTemporalModel", # Stable Video Diffusion
+    "CogVideoXBlock", "WanTransformerBlock",
+)
+
 
 def units(
-    network, # a UNet or a transformer of diffusers
-)->list: # of modules, none inside another
+    network:nn.Module, # a UNet or a transformer of diffusers
+)->list[nn.Module]: # none inside another
     "The parts that are recomputed: blocks of a transformer, residual and attention layers of a UNet."
-    return [m for m in network.modules() if any(c.__name__ in UNITS for c in type(m).__mro__)] # FSDP puts a class of its own in front
+    # FSDP puts a class of its own in front
+    # FSDP puts a class of its own in front, so all classes of a module are looked at
+    def is_unit(m): return any(c.__name__ in UNITS for c in type(m).__mro__)
+    return [m for m in network.modules() if is_unit(m)]
 
+# %% ../../nbs/policy/07_recompute.ipynb #b4b238e2
 @contextmanager
 def recomputed(
-    policy, # VideoPolicy
-):
-    "Inside the `with`, what is run with gradients keeps the input of each unit only; the backward pass may come later. Steps without gradient are as before."
+    policy:VideoPolicy, # whose network is run
+)->Iterator[VideoPolicy]: # the same
+    "Inside the `with`, a run with gradients keeps the input of each unit only; the backward pass may come later."
     def wrap(forward):
         def run(*args, **kwargs):
             if not torch.is_grad_enabled(): return forward(*args, **kwargs)
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         return run
     chosen = units(policy.network)
-    for unit in chosen: unit.forward = wrap(unit.forward)
+    for unit in chosen: setattr(unit, "forward", wrap(unit.forward))
     try: yield policy
     finally:
         for unit in chosen: del unit.forward

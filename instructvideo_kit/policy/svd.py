@@ -7,40 +7,57 @@ __all__ = ['ImageNormalizer', 'StableVideoDiffusionPolicy']
 
 # %% ../../nbs/policy/06_svd.ipynb #812d9c9d
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
 from einops import rearrange, repeat
+from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from ..files import KitError, write_atomic
-from .base import CONFIG, TEXT_WEIGHTS, WEIGHTS, VideoPolicy, check_image, pick_frames, read_json
+from .base import CONFIG, TEXT_WEIGHTS, WEIGHTS
+from .base import VideoPolicy, check_image, pick_frames, read_json
 
 # %% ../../nbs/policy/06_svd.ipynb #c7ce8411
 class ImageNormalizer:
     "preprocessor_config.json: mean and standard deviation of the pixels that CLIP expects."
     INDEX = ["transformers", "CLIPImageProcessor"] # whose file it is
 
-    def __init__(self, config:dict): self.config = config
+    def __init__(
+        self,
+        config:dict, # image_mean and image_std, three numbers each
+    ): self.config = config
 
     @classmethod
-    def from_pretrained(cls, folder):
+    def from_pretrained(
+        cls,
+        folder:str|Path, # with a preprocessor_config.json
+    )->"ImageNormalizer":
         "Read the folder's preprocessor_config.json."
         return cls(read_json(Path(folder) / "preprocessor_config.json"))
 
-    def save_pretrained(self, folder):
+    def save_pretrained(
+        self,
+        folder:str|Path, # where it goes
+    )->None:
         "Write it back."
         write_atomic(Path(folder) / "preprocessor_config.json", json.dumps(self.config, indent=2))
 
-    def __call__(self, image):
+    def __call__(
+        self,
+        image:Tensor, # (b, 3, h, w) in [0, 1]
+    )->Tensor: # like image, mean 0 and std 1 for the pictures CLIP was trained on
         "(b, 3, h, w) in [0, 1] -> normalised."
-        mean, std = (torch.tensor(self.config[k]).to(image).reshape(1, 3, 1, 1) for k in ("image_mean", "image_std"))
+        mean = torch.tensor(self.config["image_mean"]).to(image).reshape(1, 3, 1, 1)
+        std = torch.tensor(self.config["image_std"]).to(image).reshape(1, 3, 1, 1)
         return (image - mean) / std
 
-
+# %% ../../nbs/policy/06_svd.ipynb #00d0406f
 class StableVideoDiffusionPolicy(VideoPolicy):
-    "Stable Video Diffusion: image -> video. Where other policies take prompts, this one takes image=(b, 3, h, w) in [0, 1]."
+    "Stable Video Diffusion: image=(b, 3, h, w) in [0, 1] -> video, where other policies take prompts."
     PARTS = {
         "unet": ((UNetSpatioTemporalConditionModel,), (CONFIG, WEIGHTS)),
         "vae": ((AutoencoderKLTemporalDecoder,), (CONFIG, WEIGHTS)),
@@ -48,64 +65,78 @@ class StableVideoDiffusionPolicy(VideoPolicy):
         "feature_extractor": ((ImageNormalizer,), ("preprocessor_config.json",)),
         "scheduler": ((EulerDiscreteScheduler,), ("scheduler_config.json",)),
     }
-    PIPELINE, PREDICTIONS = "StableVideoDiffusionPipeline", ("v_prediction",)
+    PIPELINE = "StableVideoDiffusionPipeline"
+    PREDICTIONS = ("v_prediction",)
+    image_encoder: Any
+    feature_extractor: ImageNormalizer
 
     def defaults(self)->dict:
-        "The clips that the model was trained on; fps, motion and noise as in its pipeline, and kit.json may say others."
-        return {"n_frames": self.unet.config.num_frames, "guidance_scale": 3.0, "size": (576, 1024)}
+        "The clips that the model was trained on; fps, motion and noise as in its pipeline unless kit.json says others."
+        return {"n_frames": self.network.config.num_frames, "guidance_scale": 3.0, "size": (576, 1024)}
 
     def to_frames(
         self,
-        z, # (b, c, f, h', w'), not scaled
-        frames, # frame numbers (b, s), checked; None: all
-    )->"Tensor": # (b, s, 3, h, w) in [-1, 1]
-        "The decoder on the whole clip, then the chosen frames: its layers over time look both ways and normalise over all, so none can be left out."
+        z:Tensor, # (b, c, f, h', w'), not scaled
+        frames:Tensor, # frame numbers (b, s), checked; None: all
+    )->Tensor: # (b, s, 3, h, w) in [-1, 1]
+        "The decoder on the whole clip, then the chosen frames: its layers over time look at all of them."
         x = self.vae.decode(rearrange(z, "b c f h w -> (b f) c h w"), num_frames=z.shape[2]).sample
         return pick_frames(rearrange(x, "(b f) c h w -> b c f h w", b=len(z)), frames)
 
-    def count(self, prompts, image):
+    def count(
+        self,
+        prompts:Sequence[str], # not used by this model
+        image:Tensor|None, # (b, 3, h, w) in [0, 1]
+    )->int: # b
         "Clips that are asked for. ValueError unless there are images."
-        check_image(image, self.size)
-        return len(image)
+        return len(check_image(image, self.size))
 
     def embed_image(
         self,
-        image, # (b, 3, h, w) in [0, 1]
-    )->"Tensor": # (b, 1, d)
+        image:Tensor, # (b, 3, h, w) in [0, 1]
+    )->Tensor: # (b, 1, d)
         "CLIP's embedding, of the picture resized as in training."
         # late, as it warns of a missing torchvision
-        from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+        from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as pipeline
         side = self.image_encoder.config.image_size
-        small = (_resize_with_antialiasing(2 * image - 1, (side, side)) + 1) / 2
+        small = (pipeline._resize_with_antialiasing(2 * image - 1, (side, side)) + 1) / 2
         return self.image_encoder(self.feature_extractor(small).to(self.image_encoder.dtype)).image_embeds[:, None]
 
     @torch.no_grad()
     def conditions(
         self,
-        prompts, # not used by this model
-        image=None, # (b, 3, h, w) in [0, 1]
-    )->tuple: # (with the condition, without): (embedding (b, 1, d), image latents (b, c, f, h, w), numbers (b, 3)) each
-        "CLIP's embedding, latents of the picture for every frame, and the three numbers; zeros for the unguided branch."
-        check_image(image, self.size)
-        image, strength = image.to(self.device).float(), self.kit.get("noise_aug_strength", .02)
+        prompts:Sequence[str]=None, # not used by this model
+        image:Tensor=None, # (b, 3, h, w) in [0, 1]
+    )->tuple: # (with the condition, without): embedding (b, 1, d), image latents (b, c, f, h, w), numbers (b, 3) each
+        "CLIP's embedding, latents of the picture for every frame, three numbers; zeros for the unguided branch."
+        image = check_image(image, self.size).to(self.device).float()
+        strength = self.kit.get("noise_aug_strength", .02)
         # one grain for all pictures: a clip must not depend on its batch
         grain = torch.randn(image.shape[1:], generator=torch.Generator().manual_seed(0)).to(image)
-        latents = self.vae.encode((2 * image - 1 + strength * grain).to(self.vae.dtype)).latent_dist.mode()
-        latents, embedding = repeat(latents, "b c h w -> b c f h w", f=self.n_frames).to(self.dtype), self.embed_image(image).to(self.dtype)
-        numbers = torch.tensor([self.kit.get("fps", 7) - 1, self.kit.get("motion_bucket_id", 127), strength]).to(embedding)
-        numbers = repeat(numbers, "n -> b n", b=len(image))
+        grainy = (2 * image - 1 + strength * grain).to(self.vae.dtype)
+        still = self.vae.encode(grainy).latent_dist.mode()
+        latents = repeat(still, "b c h w -> b c f h w", f=self.n_frames).to(self.dtype)
+        embedding = self.embed_image(image).to(self.dtype)
+        facts = [self.kit.get("fps", 7) - 1, self.kit.get("motion_bucket_id", 127), strength]
+        numbers = repeat(torch.tensor(facts).to(embedding), "n -> b n", b=len(image))
         return (embedding, latents, numbers), (torch.zeros_like(embedding), torch.zeros_like(latents), numbers)
 
     def predict(
         self,
-        z_t, # noisy latents (b, c, f, h, w)
+        z_t:Tensor, # noisy latents (b, c, f, h, w)
         t:int, # training step
-        embedding, latents, numbers, # from `conditions`
-    )->"Tensor": # the velocity, like z_t
+        embedding:Tensor, # of the picture (b, 1, d), from `conditions`
+        latents:Tensor, # the picture's (b, c, f, h, w)
+        numbers:Tensor, # fps, motion and noise (b, 3)
+    )->Tensor: # the velocity, like z_t
         "One call of the UNet, which wants frames before channels and the picture's latents beside the noisy ones."
         z = rearrange(torch.cat([z_t.to(self.dtype), latents], 1), "b c f h w -> b f c h w")
-        return rearrange(self.unet(z, self.schedule.time(t), embedding, numbers).sample, "b f c h w -> b c f h w")
+        answer = self.network(z, self.schedule.time(t), embedding, numbers).sample
+        return rearrange(answer, "b f c h w -> b c f h w")
 
-    def guidance(self, w):
+    def guidance(
+        self,
+        w:float, # guidance scale of the last frame
+    )->Tensor: # (1, 1, f, 1, 1)
         "From 1 at the first frame to w at the last, (1, 1, f, 1, 1)."
         return torch.linspace(1, w, self.n_frames, device=self.device).reshape(1, 1, -1, 1, 1)

@@ -8,6 +8,7 @@ __all__ = ['WanPolicy']
 # %% ../../nbs/policy/05_wan.ipynb #6747d566
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanTransformer3DModel
+from torch import Tensor
 from transformers import T5Tokenizer, UMT5EncoderModel
 
 from ..diffusion.prediction import to_rectified
@@ -24,7 +25,8 @@ class WanPolicy(CausalVideoPolicy):
         "tokenizer": ((T5Tokenizer,), ("tokenizer_config.json", "tokenizer.json|spiece.model")),
         "scheduler": ((UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler), ("scheduler_config.json",)),
     }
-    PIPELINE, PREDICTIONS = "WanPipeline", ("flow_prediction",)
+    PIPELINE = "WanPipeline"
+    PREDICTIONS = ("flow_prediction",)
 
     def defaults(self)->dict:
         "Five seconds at 16 frames a second in 480p; guidance and text length as in its pipeline."
@@ -50,35 +52,47 @@ class WanPolicy(CausalVideoPolicy):
         "Tokens of a caption, its end included; kit.json may say fewer."
         return self.kit.get("max_tokens", 512)
 
-    def scaled(self, z):
+    def scaled(
+        self,
+        z:Tensor, # the autoencoder's latents (b, c, f', h', w')
+    )->Tensor: # like z
         "The autoencoder's latents -> latents of about unit variance, channel by channel."
         mean, std = self.moments(z)
         return (z - mean) / std
 
-    def unscaled(self, z):
+    def unscaled(
+        self,
+        z:Tensor, # latents of about unit variance
+    )->Tensor: # like z
         "scaled backwards."
         mean, std = self.moments(z)
         return z * std + mean
 
-    def moments(self, z):
-        "Mean and standard deviation of the autoencoder's latent channels, (1, c, 1, 1, 1) each."
+    def moments(
+        self,
+        z:Tensor, # latents, for type and device
+    )->tuple[Tensor, Tensor]: # (1, c, 1, 1, 1) each
+        "Mean and standard deviation of the autoencoder's latent channels."
         config = self.vae.config
-        return (torch.tensor(numbers).to(z).reshape(1, -1, 1, 1, 1) for numbers in (config.latents_mean, config.latents_std))
+        mean = torch.tensor(config.latents_mean).to(z).reshape(1, -1, 1, 1, 1)
+        std = torch.tensor(config.latents_std).to(z).reshape(1, -1, 1, 1, 1)
+        return mean, std
 
     def read_text(
         self,
-        ids, # token numbers (1, n)
-        mask, # (1, n), 0 where ids are padding
-    )->"Tensor": # (1, n, d)
+        ids:Tensor, # token numbers (1, n)
+        mask:Tensor, # (1, n), 0 where ids are padding
+    )->Tensor: # (1, n, d)
         "The text encoder, zero behind the caption's end."
         return self.text_encoder(ids, mask).last_hidden_state * mask[..., None]
 
     def predict(
         self,
-        z_t, # noisy latents (b, c, f, h, w), of unit variance
+        z_t:Tensor, # noisy latents (b, c, f, h, w), of unit variance
         t:int, # training step
-        text, # (b, n, d)
-    )->"Tensor": # the flow eps - x0, like z_t
+        text:Tensor, # (b, n, d)
+    )->Tensor: # the flow eps - x0, like z_t
         "One call of the transformer, which wants latents on the straight line between clip and noise."
         z = to_rectified(z_t, self.schedule.at(t)).to(self.dtype)
-        return self.network(z, torch.full((len(z),), self.schedule.time(t), device=z.device), text).sample
+        steps = torch.full((len(z),), self.schedule.time(t), device=z.device)
+        return self.network(z, steps, text).sample

@@ -14,9 +14,10 @@ def segment_bounds(
     n_frames:int, # F
     n_segments:int=4, # S
 )->Tensor: # (s + 1,) long: segment i holds frames bounds[i] .. bounds[i+1]-1
-    "Where the segments begin, floor(i F / S): lengths differ by one at most, every frame is in one segment; ValueError unless 1 <= S <= F."
+    "Where segments begin, floor(i F / S): lengths differ by one at most; ValueError unless 1 <= S <= F."
     if not 1 <= n_segments <= n_frames:
-        raise ValueError(f"n_segments is {n_segments}; a clip of {n_frames} frames can be cut into 1..{n_frames} segments")
+        raise ValueError(f"n_segments is {n_segments}; a clip of {n_frames} frames can be cut into 1..{n_frames} "
+                         f"segments")
     return torch.arange(n_segments + 1) * n_frames // n_segments
 
 # %% ../../nbs/reward/01_segvr.ipynb #768c4bbf
@@ -25,25 +26,27 @@ def segment_frames(
     n_segments:int=4, # S
     batch:int=1, # b
     mode:str='random', # "random": uniform in each segment (training); "first": as the paper evaluates; "middle"
-    generator=None, # torch.Generator for "random"
+    generator:torch.Generator=None, # for "random"
 )->Tensor: # (b, s) long, 0-based frame numbers, rising along s
-    "g(i), one frame of each segment, Eq. (6) of InstructVideo; ValueError unless 1 <= S <= F, b >= 1 and the mode is known."
+    "g(i), one frame of each segment, Eq. (6) of InstructVideo; ValueError unless 1 <= S <= F and b >= 1."
     if batch < 1: raise ValueError(f"batch is {batch}; it must be at least 1")
     bounds = segment_bounds(n_frames, n_segments)
     first, length = bounds[:-1], bounds.diff()
     if mode == 'first': return first.repeat(batch, 1)
     if mode == 'middle': return (first + length // 2).repeat(batch, 1)
     if mode != 'random': raise ValueError(f"mode is {mode!r}; known are 'random', 'first' and 'middle'")
-    u = torch.rand(batch, n_segments, generator=generator, device=generator.device if generator else 'cpu', dtype=torch.float64).cpu()
+    device = generator.device if generator else 'cpu'
+    u = torch.rand(batch, n_segments, generator=generator, device=device, dtype=torch.float64).cpu()
     return first + (u * length).long()
 
 # %% ../../nbs/reward/01_segvr.ipynb #40d626eb
 def segmental_reward(
     scores:Tensor, # (b, s) reward of each chosen frame
-    weights=None, # (b, s) temporally attenuated coefficients, or None for plain means
+    weights:Tensor=None, # (b, s) temporally attenuated coefficients, or None for plain means
 )->Tensor: # (b,) reward of each clip
-    "R = 1/S sum_i f_i r_i, Eq. (8) of InstructVideo; without weights the mean of Eq. (6); ValueError when shapes are not both (b, s)."
-    if scores.ndim != 2: raise ValueError(f"scores have shape {tuple(scores.shape)}; expected (b, s), one score per chosen frame")
+    "R = 1/S sum_i f_i r_i, Eq. (8) of InstructVideo; without weights Eq. (6); ValueError unless shapes are (b, s)."
+    if scores.ndim != 2:
+        raise ValueError(f"scores have shape {tuple(scores.shape)}; expected (b, s), one score per chosen frame")
     if weights is None: return scores.mean(dim=1)
     if weights.shape != scores.shape:
         raise ValueError(f"weights have shape {tuple(weights.shape)}; expected that of scores, {tuple(scores.shape)}")
