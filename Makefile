@@ -15,30 +15,30 @@ help:
 	@echo "make clean-notebooks  remove what does not belong into a commit"
 
 setup:
-	@PYTHON='$(PYTHON)' sh .ci/setup
+	@PYTHON='$(PYTHON)' sh tools/setup
 
 demo: setup
 	@.venv/bin/instructvideo-kit demo $(ARGS)
 
 test: setup
-	@.venv/bin/python .ci/test.py $(ARGS)
+	@.venv/bin/python tools/test.py $(ARGS)
 
 lab: setup
 	@.venv/bin/jupyter lab $(ROOT_FLAG) --LabApp.default_url=/lab/tree/tutorials/student/01_start_here.ipynb
 
 export: setup
-	@.venv/bin/nbdev_export && .venv/bin/python .ci/clean.py
+	@.venv/bin/nbdev_export && .venv/bin/python tools/clean.py
 
 editions: setup
-	@.venv/bin/python .ci/editions.py
+	@.venv/bin/python tools/editions.py
 
 clean-notebooks: setup
-	@.venv/bin/python .ci/clean.py
+	@.venv/bin/python tools/clean.py
 
 docs: setup
-	@.venv/bin/python .ci/docs.py
+	@.venv/bin/python tools/docs.py
 
 # REVEAL is where the presentation finds reveal.js: an address, or a folder beside the slides for a room without internet.
 REVEAL ?= https://cdn.jsdelivr.net/npm/reveal.js@4.6.1
 slides: setup
-	@.venv/bin/python .ci/slides.py --reveal '$(REVEAL)'
+	@.venv/bin/python tools/slides.py --reveal '$(REVEAL)'

@@ -7,7 +7,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OFFLINE = ROOT/".ci/offline"
+OFFLINE = ROOT/"tools/offline"
 
 def _load_block():
     "The same block that the notebooks run under; through PYTHONPATH the processes that tests start inherit it."

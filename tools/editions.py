@@ -1,8 +1,8 @@
 """Two editions of each tutorial: tutorials/NN_*.ipynb (the master) -> tutorials/student (no solutions) and tutorials/solved (no marks).
 Also the table of the tutorials in the README and in the syllabus, from their cards.
 
-python .ci/editions.py [PREFIX ...]          write them, and nbgrader's cell metadata into the masters
-python .ci/editions.py --check [PREFIX ...]  say what is out of step, and exit 1 if anything is
+python tools/editions.py [PREFIX ...]          write them, and nbgrader's cell metadata into the masters
+python tools/editions.py --check [PREFIX ...]  say what is out of step, and exit 1 if anything is
 """
 import configparser, copy, json, re, sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"Make .venv and install the pinned packages with visible progress. Standard library only; .ci/setup calls it."
+"Make .venv and install the pinned packages with visible progress. Standard library only; tools/setup calls it."
 import re, shutil, subprocess, sys, threading, time
 from pathlib import Path
 

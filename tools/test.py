@@ -10,7 +10,7 @@ DOCS = "CONTRIBUTING.md says how"
 
 def environment(threads):
     "Workers x threads = 2, no network."
-    offline = dict(PYTHONPATH=str(ROOT/".ci/offline"), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    offline = dict(PYTHONPATH=str(ROOT/"tools/offline"), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     return {**os.environ, **offline, "OMP_NUM_THREADS": str(threads), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
@@ -40,7 +40,7 @@ def clean_diff():
     "Cleaning changes nothing."
     with tempfile.TemporaryDirectory() as tmp:
         copy_of_sources(folder := Path(tmp))
-        if subprocess.run([sys.executable, ROOT/".ci/clean.py", folder], cwd=folder).returncode: return False
+        if subprocess.run([sys.executable, ROOT/"tools/clean.py", folder], cwd=folder).returncode: return False
         ok = same(folder, [p.relative_to(ROOT) for p in notebooks(ROOT)])
     print("  notebooks are clean" if ok else f"  run `make clean-notebooks` and commit; {DOCS}")
     return ok
@@ -102,7 +102,7 @@ def beside_cards(seconds, minutes):
 
 def editions():
     "Student and solved editions are what the masters say."
-    return subprocess.run([sys.executable, ROOT/".ci/editions.py", "--check"], cwd=ROOT).returncode == 0
+    return subprocess.run([sys.executable, ROOT/"tools/editions.py", "--check"], cwd=ROOT).returncode == 0
 
 
 def run_pytest():
