@@ -1,39 +1,74 @@
-"`make test`: clean-diff, export-diff, editions, notebooks, student, solved, pytest. Two processor cores are enough; sockets are blocked from the notebooks on."
-import difflib, json, os, re, shutil, statistics, subprocess, sys, tempfile, time
+"""`make test`: lint, types, clean-diff, export-diff, editions, notebooks, student, solved, pytest.
+`make check` (--fast): lint, clean-diff, export-diff, editions, two-notebooks, fast-tests; at most three minutes.
+
+Two processor cores are enough; sockets are blocked from the notebooks on. What took longest stands in the report at the end.
+COVERAGE=0 leaves out the measuring of coverage.
+"""
+import difflib
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
+
 from clean import notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 DOCS = "CONTRIBUTING.md says how"
+FAST_SECONDS = 180 # what make check may take
+TWO_NOTEBOOKS = ("diffusion.schedule", "reward.segvr") # by the module they export: numbers may change
+LONGEST = 20 # tests and notebooks in the report
+SPENT = {} # test or notebook -> seconds, for the report
 
 
 def environment(threads):
     "Workers x threads = 2, no network."
     offline = dict(PYTHONPATH=str(ROOT/"tools/offline"), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    return {**os.environ, **offline, "OMP_NUM_THREADS": str(threads), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, **offline, "OMP_NUM_THREADS": str(threads), "PATH": path}
+
+
+def tool(name, *arguments):
+    "Run a program of tools/; True when it was content."
+    return subprocess.run([sys.executable, ROOT/"tools"/name, *arguments], cwd=ROOT).returncode == 0
 
 
 def copy_of_sources(folder):
     "The notebooks, the settings and the modules, without weights."
+    left_out = shutil.ignore_patterns("weights", "__pycache__", ".ipynb_checkpoints")
     for name in ("nbs", "tutorials", "instructvideo_kit"):
-        if (ROOT/name).exists(): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("weights", "__pycache__", ".ipynb_checkpoints"))
+        if (ROOT/name).exists(): shutil.copytree(ROOT/name, folder/name, ignore=left_out)
     for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT/name, folder/name)
 
 
 def first_lines(old, new, n=12):
     "The beginning of the difference between two files, either of which may be missing."
-    read = lambda p: p.read_text(encoding="utf-8").splitlines() if p.exists() else []
-    return "\n".join(l[:160] for l in list(difflib.unified_diff(read(old), read(new), "as it is", "as it should be", lineterm="", n=1))[:n])
+    def read(path): return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    difference = difflib.unified_diff(read(old), read(new), "as it is", "as it should be", lineterm="", n=1)
+    return "\n".join(line[:160] for line in list(difference)[:n])
+
+
+def differs(folder, path):
+    "Does this file (relative path) read otherwise here than in `folder`, or is it missing in one of them?"
+    here, there = ROOT/path, folder/path
+    return not (here.exists() and there.exists()) or here.read_bytes() != there.read_bytes()
 
 
 def same(folder, paths):
-    "Do these files (relative paths) read the same here and in `folder`? Names and shows those that do not."
-    differ = [p for p in paths if not (ROOT/p).exists() or not (folder/p).exists() or (ROOT/p).read_bytes() != (folder/p).read_bytes()]
-    for p in differ:
-        what = "is missing" if not (ROOT/p).exists() else "comes from no notebook" if not (folder/p).exists() else "differs"
+    "Do these files read the same here and in `folder`? Names and shows those that do not."
+    different = [p for p in paths if differs(folder, p)]
+    for p in different:
+        what = "differs"
+        if not (ROOT/p).exists(): what = "is missing"
+        elif not (folder/p).exists(): what = "comes from no notebook"
         print(f"  {p} {what}\n{first_lines(ROOT/p, folder/p)}".rstrip())
-    return not differ
+    return not different
 
 
 def clean_diff():
@@ -59,19 +94,44 @@ def export_diff():
 
 def spoken(command, **options):
     "Run a command, pass its output on, and return (exit status, output)."
-    process, said = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **options), []
-    for line in process.stdout: print(line, end="", flush=True); said.append(line)
-    return process.wait(), "".join(said)
+    said = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                          **options) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            said.append(line)
+    return process.returncode, "".join(said)
 
 
 def run_notebooks(where):
     "nbdev_test on one folder, two workers with one thread each; then the time of each notebook beside what its card says."
     if not any(p.is_relative_to(ROOT/where) for p in notebooks(ROOT)):
-        print(f"  skipped: {where}/ holds no notebook"); return True
+        print(f"  skipped: {where}/ holds no notebook")
+        return True
     command = [BIN/"nbdev_test", "--path", where, "--n_workers", "2", "--do_print", "--timing"]
     status, said = spoken(command, cwd=ROOT, env=environment(threads=1))
-    for line in beside_cards(seconds_of(said), {p.name: minutes_to_run(p) for p in notebooks(ROOT) if p.parent == ROOT/where}): print(line)
+    seconds = seconds_of(said)
+    SPENT.update({f"{where}: {name}": s for name, s in seconds.items()})
+    for line in beside_cards(seconds, {p.name: minutes_to_run(p) for p in notebooks(ROOT) if p.parent == ROOT/where}): print(line)
     return status == 0
+
+
+def exporting(modules):
+    "The notebooks under nbs/ that export these modules."
+    def first(path): return re.search(r"#\|\s*default_exp\s+([\w.]+)", path.read_text(encoding="utf-8"))
+    found = {m[1]: path for path in notebooks(ROOT) if path.is_relative_to(ROOT/"nbs") and (m := first(path))}
+    return [found[name] for name in modules]
+
+
+def two_notebooks():
+    "Two quick ones, one after the other: enough to see that notebooks run at all."
+    ok = True
+    for path in exporting(TWO_NOTEBOOKS):
+        started = time.time()
+        name = str(path.relative_to(ROOT))
+        ok &= subprocess.run([BIN/"nbdev_test", "--path", path, "--do_print"], cwd=ROOT, env=environment(threads=2)).returncode == 0
+        SPENT[name] = time.time() - started
+    return ok
 
 
 def seconds_of(said):
@@ -81,52 +141,96 @@ def seconds_of(said):
 
 def minutes_to_run(path):
     "What the card of a tutorial promises; None where there is no card."
-    first = "".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"][:2])
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    first = "".join("".join(c["source"]) for c in cells[:2])
     found = re.search(r"\| minutes \| [\d.]+ to read, ([\d.]+) to run", first)
     return float(found[1]) if found else None
 
 
 def beside_cards(seconds, minutes):
-    """Lines of a table. Machines differ and runs scatter, so this warns and never fails: the median over all tutorials says how fast this machine is
-    against the one the cards were written on, and a notebook is named when it is more than 50 % off what that leads one to expect."""
+    """Lines of a table. Machines differ and runs scatter, so this warns and never fails: the median over all tutorials
+    says how fast this machine is against the one the cards were written on, and a notebook is named when it is more
+    than 50 % off what that leads one to expect."""
     known = {name: seconds[name]/(60*m) for name, m in minutes.items() if m and name in seconds}
     if not known: return []
     pace = statistics.median(known.values())
     def odd(name):
         expected = 60*minutes[name]*pace
-        off = abs(seconds[name] - expected) > max(.5*expected, 5) # which worker imported torch first is a matter of seconds, and luck
+        off = abs(seconds[name] - expected) > max(.5*expected, 5) # which worker imported torch first is a matter of luck
         return "   WARNING: more than 50 % off, correct the card" if off and len(known) > 2 else ""
     lines = [f"  {name:45} {seconds[name]:4} s, its card says {60*minutes[name]:3.0f} s{odd(name)}" for name in known]
-    return [*lines, f"  median: this machine takes {pace:.2f} times the cards' time" + (" (more than 50 % off)" if abs(pace - 1) > .5 else "")]
+    far = " (more than 50 % off)" if abs(pace - 1) > .5 else ""
+    return [*lines, f"  median: this machine takes {pace:.2f} times the cards' time{far}"]
 
 
-def editions():
-    "Student and solved editions are what the masters say."
-    return subprocess.run([sys.executable, ROOT/"tools/editions.py", "--check"], cwd=ROOT).returncode == 0
+def durations_of(said):
+    "{test: seconds} from pytest's list of durations; set-up, call and tear-down of a test added up."
+    found = {}
+    for seconds, name in re.findall(r"^\s*([\d.]+)s (?:setup|call|teardown)\s+(\S+::.*?)\s*$", said, re.M):
+        found[name] = found.get(name, 0) + float(seconds)
+    return found
 
 
-def run_pytest():
+def run_pytest(*options):
     "Two workers with one thread each; the tests of one file stay together, as they share what is dear to make."
-    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--durations", "5"]
-    return subprocess.run(command, cwd=ROOT, env=environment(threads=1)).returncode == 0
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--durations", "60", "--durations-min", "1"]
+    status, said = spoken([*command, *options], cwd=ROOT, env=environment(threads=1))
+    SPENT.update(durations_of(said))
+    return status == 0
 
 
-STAGES = {"clean-diff": clean_diff, "export-diff": export_diff, "editions": editions, "notebooks": lambda: run_notebooks("nbs"),
-          "student": lambda: run_notebooks("tutorials/student"), "solved": lambda: run_notebooks("tutorials/solved"), "pytest": run_pytest}
+def all_tests():
+    "pytest, with coverage; the modules that are covered from end to end are left out of its table."
+    measure = () if os.environ.get("COVERAGE") == "0" else ("--cov", "--cov-report", "term")
+    return run_pytest(*measure)
 
 
-def main(chosen):
-    unknown = [s for s in chosen if s not in STAGES]
-    if unknown: sys.exit(f'no stage "{unknown[0]}"; there is {", ".join(STAGES)}')
+def longest(spent, n=LONGEST):
+    "Lines: the tests and notebooks that took longest, longest first."
+    first = sorted(spent.items(), key=lambda item: -item[1])[:n]
+    return [f"  {seconds:6.1f} s  {name}" for name, seconds in first]
+
+
+STAGES = {
+    "lint": lambda: tool("lint.py", "lint"), "types": lambda: tool("lint.py", "types"),
+    "clean-diff": clean_diff, "export-diff": export_diff, "editions": lambda: tool("editions.py", "--check"),
+    "notebooks": lambda: run_notebooks("nbs"), "student": lambda: run_notebooks("tutorials/student"),
+    "solved": lambda: run_notebooks("tutorials/solved"), "pytest": all_tests,
+    "two-notebooks": two_notebooks, "fast-tests": lambda: run_pytest("-m", "not slow and not browser and not gpu")}
+FULL = ("lint", "types", "clean-diff", "export-diff", "editions", "notebooks", "student", "solved", "pytest")
+FAST = ("lint", "clean-diff", "export-diff", "editions", "two-notebooks", "fast-tests")
+
+
+def report(times, total, fast):
+    "What took longest, first; then the stages, and whether the fast tier kept its time."
+    lines = ["", "== what took longest", *longest(SPENT)] if SPENT else [""]
+    lines += ["== stages", *(f"  {line}" for line in times), f"  {total:.0f} s in all"]
+    if fast and total > FAST_SECONDS:
+        lines.append(f"  more than {FAST_SECONDS} s: mark what is slow with pytest.mark.slow (a second job also makes it slow)")
+    return "\n".join(lines)
+
+
+def run_stages(chosen):
+    "(names of those that failed, a line with the time of each)."
     failed, times = [], []
-    for name in chosen or STAGES:
-        if name == "pytest" and times: print("\nso far: " + ", ".join(times), flush=True)
+    for name in chosen:
         print(f"\n== {name}", flush=True)
         started = time.time()
         if not STAGES[name](): failed.append(name)
         times.append(f"{name} {time.time() - started:.0f} s{' FAILED' if name in failed else ''}")
-        if name != "pytest": print(f"-- {times[-1]}", flush=True)
-    if failed: sys.exit(f"make test: failed in {', '.join(failed)}")
+        print(f"-- {times[-1]}", flush=True)
+    return failed, times
+
+
+def main(arguments):
+    fast = "--fast" in arguments
+    chosen = [a for a in arguments if a != "--fast"]
+    unknown = [s for s in chosen if s not in STAGES]
+    if unknown: sys.exit(f'no stage "{unknown[0]}"; there is {", ".join(STAGES)}')
+    started = time.time()
+    failed, times = run_stages(chosen or (FAST if fast else FULL))
+    print(report(times, time.time() - started, fast and not chosen), flush=True)
+    if failed: sys.exit(f"{'make check' if fast else 'make test'}: failed in {', '.join(failed)}")
 
 
 if __name__ == "__main__": main(sys.argv[1:])

@@ -99,7 +99,8 @@ class ClipReward(nn.Module):
         where = (self.model.device, self.model.dtype)
         new = [p for p in dict.fromkeys(prompts) if (p, *where) not in self._texts]
         if new: self._texts.update(((p, *where), feature) for p, feature in zip(new, self._read(new)))
-        return torch.stack([self._texts[(p, *where)] for p in prompts])
+        keys = [(p, *where) for p in prompts]
+        return torch.stack([self._texts[key] for key in keys])
 
     def remember(self,
         prompt, # a caption
