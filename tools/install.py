@@ -192,7 +192,7 @@ def page_of(address):
 def why_not_cpu(requirement):
     "Why the CPU build cannot be had from TORCH_INDEX, in words; None when it can."
     page = page_of(f"{TORCH_INDEX.rstrip('/')}/torch/")
-    if page is None: return f"{TORCH_INDEX} did not answer within {PATIENCE} s"
+    if page is None: return f"{TORCH_INDEX} could not be reached within {PATIENCE} s"
     version = re.escape(requirement.split("==")[1])
     if not re.search(rf"torch-{version}(?:%2B|\+)cpu-", page): return f"{TORCH_INDEX} has no {requirement} for the CPU"
 
@@ -265,7 +265,7 @@ def set_up():
     cpu_torch(install_torch)
     install("--no-deps", "-r", "constraints.txt", expected=pins()) # all of them by name: nothing to resolve, so no wrong turns
     say("step 3 of 3: the kit itself, and what only this platform needs")
-    install("-c", "constraints.txt", "--no-build-isolation", "-e", ".[dev]")
+    install("-c", "constraints.txt", "--no-build-isolation", "-e", ".[dev]", expected=pins())
     subprocess.run([PYTHON, "-c", "import torch, diffusers, transformers, instructvideo_kit"], check=True)
     say("ready")
 
@@ -279,7 +279,8 @@ def fill(folder):
     into = [*pip_command("wheel"), "--wheel-dir", str(folder), "--find-links", str(folder)]
     finish(*follow([*into, "--no-deps", "-r", "constraints.txt"], pins()))
     say("step 3 of 3: the kit itself, and what only this platform needs")
-    finish(*follow([*into, "-c", "constraints.txt", ".[dev]"], 0))
+    shutil.rmtree("build/lib", ignore_errors=True) # of an earlier wheel: modules that are gone would come along
+    finish(*follow([*into, "-c", "constraints.txt", ".[dev]"], pins()))
     (folder/MADE_WITH).write_text(this_machine() + "\n")
     size = sum(p.stat().st_size for p in folder.glob("*.whl"))/1e9
     say(f"ready: {len(list(folder.glob('*.whl')))} wheels, {size:.1f} GB; in the room: make setup OFFLINE={folder}")
