@@ -1,6 +1,10 @@
 "The course: masters keep the conventions, editions are made from them, cards can be read, nothing is too large."
-import ast, importlib.util, json, re, subprocess, sys
+import importlib.util
+import json
+import re
+import sys
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,7 +191,9 @@ def symbols(): return [line.split("|")[2].strip().strip("`") for line in (ROOT/"
 
 @pytest.mark.parametrize("name", symbols())
 def test_every_symbol_exists(name):
-    import importlib, inspect, dataclasses
+    import dataclasses
+    import importlib
+    import inspect
     dotted, _, parameter = name.partition(":")
     room, module, *rest = dotted.split(".")
     thing = getattr(importlib.import_module(f"instructvideo_kit.{room}.{module}"), rest[0])

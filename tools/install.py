@@ -40,7 +40,7 @@ def stop(text): sys.exit(f"set-up: {text}")
 # ---- what pip or uv is doing
 
 class Progress:
-    "What the installer is doing, read from its output: a line that moves on a terminal, a line every ten seconds in a log."
+    "What the installer is doing, from its output: a line that moves on a terminal, a line every ten seconds in a log."
     UNITS = {"kB": 1e-3, "KiB": 1e-3, "MB": 1, "MiB": 1, "GB": 1e3, "GiB": 1e3}
     COLLECTING = re.compile(r"\s*(?:Collecting|Processing|Requirement already satisfied:|Obtaining) ?([^\s=<>!~\[;]+)")
     DOWNLOADING = re.compile(r"\s*Downloading (\S+) \(([\d.]+) ?([kKMG]i?B)\)")
@@ -71,7 +71,7 @@ class Progress:
     def text(self):
         bar = "#" * round(24*self.share())
         if self.to_write: what = f"unpacking: {written()} packages are in .venv"
-        else: what = f"package {len(self.names)}{f' of {self.expected}' if self.expected else ''}, {self.mb:.0f} MB, now: {self.now}"
+        else: what = f"package {len(self.names)} of {self.expected or '?'}, {self.mb:.0f} MB, now: {self.now}"
         return f"[{bar:.<24}] {what}"
 
 
@@ -82,8 +82,9 @@ def watch(progress, done):
     "Show the progress until `done`."
     live = sys.stdout.isatty()
     while not done.wait(0.3 if live else 10):
-        if not live: say(progress.text())
-        else: print(f"\r\033[K{time.time() - STARTED:4.0f} s {progress.text()}"[:shutil.get_terminal_size().columns + 3], end="", flush=True)
+        line = f"{time.time() - STARTED:4.0f} s {progress.text()}"
+        if live: print(f"\r\033[K{line[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+        else: say(progress.text())
     if live: print("\r\033[K", end="", flush=True)
 
 
@@ -94,7 +95,8 @@ def follow(command, expected, env=None):
     watcher.start()
     with open(LOG, "a", buffering=1) as log:
         log.write(f"\n$ {shlex.join(command)}\n")
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env) as run:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                              env=env) as run:
             for line in run.stdout:
                 log.write(line)
                 progress.read(line)
@@ -109,7 +111,8 @@ def follow(command, expected, env=None):
 def pip_command(verb):
     "pip without questions and without compiling: Python compiles what it imports, all of it takes minutes."
     quiet = ["--disable-pip-version-check", "--no-input"]
-    return [PYTHON, "-m", "pip", *quiet, verb, "--progress-bar", "off", *(["--no-compile"] if verb == "install" else [])]
+    plain = ["--progress-bar", "off"] + (["--no-compile"] if verb == "install" else [])
+    return [PYTHON, "-m", "pip", *quiet, verb, *plain]
 
 
 def uv_program():
@@ -155,7 +158,8 @@ def finish(status, errors):
     "Stop with the installer's own error lines when it failed."
     if status == 0: return
     for line in errors[-3:]: say(line)
-    mend = f"the folder {OFFLINE} lacks something; {made_with(Path(OFFLINE))}" if OFFLINE else "mend the cause (network? disk space?)"
+    mend = "mend the cause (network? disk space?)"
+    if OFFLINE: mend = f"the folder {OFFLINE} lacks something ({made_with(Path(OFFLINE))}); make wheels fills it"
     stop(f"it failed, its whole output is in {LOG}; {mend} and run the same command again")
 
 
@@ -207,9 +211,10 @@ def cpu_torch(get):
     if not wants_cpu_build(): return
     requirement = pinned("torch")
     why = why_not_cpu(requirement)
-    if why is None and not get("--no-deps", "--index-url", TORCH_INDEX, requirement): return say("torch is the CPU build")
-    say(f"no CPU build of torch: {why or 'it could not be fetched'}. torch comes from the package registry, with 2 GB of CUDA "
-        "where that has no CPU build (TORCH_INDEX=address names another index)")
+    if why is None and get("--no-deps", "--index-url", TORCH_INDEX, requirement) != 0: why = "it could not be fetched"
+    if why is None: say("torch is the CPU build")
+    else: say(f"no CPU build of torch: {why}. torch comes from the package registry instead, on most machines with "
+              "2 GB of CUDA (TORCH_INDEX names another index)")
 
 
 def install_torch(*args): return follow([*pip_command("install"), *args], 0)[0]
@@ -249,7 +254,8 @@ def made_with(folder):
 def check_folder():
     "Stop early when OFFLINE is no folder of wheels, or one for another machine."
     folder = Path(OFFLINE)
-    if not any(folder.glob("*.whl")): stop(f'OFFLINE="{OFFLINE}" holds no wheels; fill it with make wheels WHEELS={OFFLINE} where there is a network')
+    if not any(folder.glob("*.whl")):
+        stop(f'OFFLINE="{OFFLINE}" holds no wheels; where there is a network, make wheels WHEELS={OFFLINE} fills it')
     note = folder/MADE_WITH
     if note.exists() and note.read_text().strip() != this_machine():
         stop(f'OFFLINE="{OFFLINE}": {made_with(folder)}; run make wheels with the Python and the system of this room')
@@ -263,7 +269,7 @@ def set_up():
     where = f"from {OFFLINE}, no network" if OFFLINE else "about 0.8 GB; minutes, and only this once"
     say(f"step 2 of 3: pinned packages, {where}{', with uv' if uv_program() else ''}")
     cpu_torch(install_torch)
-    install("--no-deps", "-r", "constraints.txt", expected=pins()) # all of them by name: nothing to resolve, so no wrong turns
+    install("--no-deps", "-r", "constraints.txt", expected=pins()) # all by name: nothing to resolve, so no wrong turns
     say("step 3 of 3: the kit itself, and what only this platform needs")
     install("-c", "constraints.txt", "--no-build-isolation", "-e", ".[dev]", expected=pins())
     subprocess.run([PYTHON, "-c", "import torch, diffusers, transformers, instructvideo_kit"], check=True)

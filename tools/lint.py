@@ -1,6 +1,7 @@
 """`make lint`, and the stages lint and types of `make test`: what ruff and mypy find, against what is still allowed.
 
-tools/allowed.json says how many findings of a rule a folder may still have. A number may fall and never grow; the aim is an empty file.
+tools/allowed.json says how many findings of a rule a folder may still have. A number may fall and never grow;
+the aim is an empty file.
 
 python tools/lint.py [lint] [types]   say what is over the numbers, and exit 1 if anything is
 python tools/lint.py --counts         all numbers as they are now
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = ROOT/"tools/allowed.json"
 LINTED = ("nbs", "tests", "tools", "benchmarks", "setup.py")
 TYPED = ("diffusion", "policy", "reward", "tuning")
-ERROR = re.compile(r"^(?P<path>[^:\n]+):(?P<line>\d+)(?::\d+)?: error: (?P<text>.*?)(?:  \[(?P<rule>[\w-]+)\])?$", re.M)
+ERROR = re.compile(r"^(?P<path>[^:\n]+):\d+(?::\d+)?: error: .*?(?:  \[(?P<rule>[\w-]+)\])?$", re.M)
 SHOWN = 40 # findings of a folder and rule that are printed
 
 
@@ -25,7 +26,8 @@ def run(*command):
     "A checker's output; the checker itself failing (not installed, bad settings) ends the program."
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     if done.returncode not in (0, 1) or not done.stdout.strip():
-        sys.exit(f"lint: {command[0]} did not run: {(done.stderr or done.stdout).strip()}\nrun make setup; it installs {command[0]}")
+        said = (done.stderr or done.stdout).strip()
+        sys.exit(f"lint: {command[0]} did not run: {said}\nrun make setup; it installs {command[0]}")
     return done.stdout
 
 
@@ -70,7 +72,7 @@ def allowed():
 
 
 def over(found, table):
-    "The findings of each (folder, rule) that has more of them than the table allows: [(folder, rule, allowed, texts), ...]."
+    "Where there are more findings than the table allows: [(folder, rule, allowed, texts), ...]."
     groups = {}
     for folder, rule, text in found:
         groups.setdefault((folder, rule), []).append(text)
@@ -93,7 +95,8 @@ def check(name):
         for text in texts[:SHOWN]: print(f"    {text}")
         if len(texts) > SHOWN: print(f"    and {len(texts) - SHOWN} more")
     if not grown: print(f"  {name}: nothing new; {len(found)} old findings in tools/allowed.json")
-    if fewer := slack(found, table): print(f"  {fewer} fewer than allowed: python tools/lint.py --accept lowers the numbers")
+    if fewer := slack(found, table):
+        print(f"  {fewer} fewer than allowed: python tools/lint.py --accept lowers the numbers")
     return not grown
 
 
@@ -117,7 +120,7 @@ def main(arguments):
     unknown = [a for a in arguments if a not in CHECKS]
     if unknown: sys.exit(f'no check "{unknown[0]}"; there is {", ".join(CHECKS)}')
     failed = [name for name in arguments or CHECKS if not check(name)]
-    if failed: sys.exit(f"lint: more findings than allowed in {', '.join(failed)}; CONTRIBUTING.md says how to mend them")
+    if failed: sys.exit(f"lint: more findings than allowed in {', '.join(failed)}; CONTRIBUTING.md says what to do")
 
 
 if __name__ == "__main__": main(sys.argv[1:])

@@ -1,8 +1,8 @@
 """`make test`: lint, types, clean-diff, export-diff, editions, notebooks, student, solved, pytest.
 `make check` (--fast): lint, clean-diff, export-diff, editions, two-notebooks, fast-tests; at most three minutes.
 
-Two processor cores are enough; sockets are blocked from the notebooks on. What took longest stands in the report at the end.
-COVERAGE=0 leaves out the measuring of coverage.
+Two processor cores are enough; sockets are blocked from the notebooks on.
+What took longest stands in the report at the end. COVERAGE=0 leaves out the measuring of coverage.
 """
 import difflib
 import json
@@ -104,7 +104,7 @@ def spoken(command, **options):
 
 
 def run_notebooks(where):
-    "nbdev_test on one folder, two workers with one thread each; then the time of each notebook beside what its card says."
+    "nbdev_test on a folder, two workers with one thread each; then each notebook's time beside what its card says."
     if not any(p.is_relative_to(ROOT/where) for p in notebooks(ROOT)):
         print(f"  skipped: {where}/ holds no notebook")
         return True
@@ -112,7 +112,8 @@ def run_notebooks(where):
     status, said = spoken(command, cwd=ROOT, env=environment(threads=1))
     seconds = seconds_of(said)
     SPENT.update({f"{where}: {name}": s for name, s in seconds.items()})
-    for line in beside_cards(seconds, {p.name: minutes_to_run(p) for p in notebooks(ROOT) if p.parent == ROOT/where}): print(line)
+    minutes = {p.name: minutes_to_run(p) for p in notebooks(ROOT) if p.parent == ROOT/where}
+    for line in beside_cards(seconds, minutes): print(line)
     return status == 0
 
 
@@ -128,9 +129,9 @@ def two_notebooks():
     ok = True
     for path in exporting(TWO_NOTEBOOKS):
         started = time.time()
-        name = str(path.relative_to(ROOT))
-        ok &= subprocess.run([BIN/"nbdev_test", "--path", path, "--do_print"], cwd=ROOT, env=environment(threads=2)).returncode == 0
-        SPENT[name] = time.time() - started
+        command = [BIN/"nbdev_test", "--path", path, "--do_print"]
+        ok &= subprocess.run(command, cwd=ROOT, env=environment(threads=2)).returncode == 0
+        SPENT[str(path.relative_to(ROOT))] = time.time() - started
     return ok
 
 
@@ -156,7 +157,7 @@ def beside_cards(seconds, minutes):
     pace = statistics.median(known.values())
     def odd(name):
         expected = 60*minutes[name]*pace
-        off = abs(seconds[name] - expected) > max(.5*expected, 5) # which worker imported torch first is a matter of luck
+        off = abs(seconds[name] - expected) > max(.5*expected, 5) # which worker imports torch first is luck
         return "   WARNING: more than 50 % off, correct the card" if off and len(known) > 2 else ""
     lines = [f"  {name:45} {seconds[name]:4} s, its card says {60*minutes[name]:3.0f} s{odd(name)}" for name in known]
     far = " (more than 50 % off)" if abs(pace - 1) > .5 else ""
@@ -173,7 +174,7 @@ def durations_of(said):
 
 def run_pytest(*options):
     "Two workers with one thread each; the tests of one file stay together, as they share what is dear to make."
-    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--durations", "60", "--durations-min", "1"]
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--durations=60", "--durations-min=.5"]
     status, said = spoken([*command, *options], cwd=ROOT, env=environment(threads=1))
     SPENT.update(durations_of(said))
     return status == 0
@@ -206,7 +207,7 @@ def report(times, total, fast):
     lines = ["", "== what took longest", *longest(SPENT)] if SPENT else [""]
     lines += ["== stages", *(f"  {line}" for line in times), f"  {total:.0f} s in all"]
     if fast and total > FAST_SECONDS:
-        lines.append(f"  more than {FAST_SECONDS} s: mark what is slow with pytest.mark.slow (a second job also makes it slow)")
+        lines.append(f"  over {FAST_SECONDS} s: a second job? Else mark what is slow (TIERS in tests/conftest.py)")
     return "\n".join(lines)
 
 
