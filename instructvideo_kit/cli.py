@@ -385,7 +385,7 @@ def reproduce(
 # %% ../nbs/95_cli.ipynb #435a1d04
 @app.command()
 def tutorials(
-    to: Annotated[Path, typer.Option(help="Folder; made when missing. Files of yours in it are left as they are.")] = Path("."),
+    to: Annotated[Path, typer.Option(help="Folder; files of yours in it are left as they are.")] = Path("."),
 ):
     "Copy the course to a folder: tutorials/student to work in, tutorials/solved, and the logs that they read."
     from importlib.util import find_spec

@@ -22,7 +22,7 @@ def course_folder(
     "Where the course is: inside an installed package, beside it in a checkout; KitError where it is in neither."
     for folder in (package/"course", package.parent/"tutorials"):
         if (folder/"student").is_dir(): return folder
-    raise KitError(f"this copy of the kit in {package} has no tutorials; install a wheel, or get a checkout of the repository")
+    raise KitError(f"this copy of the kit in {package} has no tutorials; install a wheel, or get the repository")
 
 # %% ../nbs/91_tutorials.ipynb #91c0000a
 def copy_course(
@@ -32,7 +32,8 @@ def copy_course(
     "Copy the course; a file that is there and reads otherwise is left as it is."
     course = course or course_folder()
     target, kept = Path(to).expanduser()/"tutorials", []
-    if target.resolve() == course.resolve(): raise KitError(f"{target} is the course itself; give another folder with --to")
+    if target.resolve() == course.resolve():
+        raise KitError(f"{target} is the course itself; give another folder with --to")
     for source in sorted(p for part in PARTS for p in (course/part).rglob("*") if p.is_file()):
         place = target/source.relative_to(course)
         if place.exists():
