@@ -54,6 +54,7 @@ def test_progress_reads_pip():
 
 
 def test_progress_reads_uv():
+    assert "uv fetches 169 packages" in progress("Resolved 169 packages in 5.31s").text()
     seen = progress("Downloading torch (175.5MiB)", "Prepared 12 packages in 3.1s")
     assert (round(seen.mb), seen.to_write) == (176, 12)
 
@@ -241,6 +242,13 @@ def test_what_took_longest_comes_first():
     spent = runner.durations_of(said)
     assert spent == {"tests/test_a.py::test_x[a b]": 13.5, "tests/test_b.py::test_y": 3}
     assert [line.split()[-1] for line in runner.longest({**spent, "nbs: c.ipynb": 5}, n=2)] == ["b]", "c.ipynb"]
+
+
+@pytest.mark.parametrize("value,measured", [("1", True), ("0", False), (None, sys.version_info >= (3, 12))])
+def test_coverage_is_asked_for(monkeypatch, value, measured):
+    if value is None: monkeypatch.delenv("COVERAGE", raising=False)
+    else: monkeypatch.setenv("COVERAGE", value)
+    assert runner.measures_coverage() == measured
 
 
 def test_the_fast_tier_says_when_it_is_slow():

@@ -60,7 +60,8 @@ class Progress:
             self.mb += float(m[2]) * self.UNITS[m[3]]
             self.now = f"downloading {m[1].split('-')[0]}, {m[2]} {m[3]}"
         elif line.startswith("Installing collected packages:"): self.to_write = line.count(",") + 1
-        elif m := re.match(r"Prepared (\d+) package", line): self.to_write = int(m[1]) # uv
+        elif m := re.match(r"Resolved (\d+) package", line): self.now = f"uv fetches {m[1]} packages" # says no more
+        elif m := re.match(r"Prepared (\d+) package", line): self.to_write = int(m[1])
 
     def share(self):
         "How much is done, 0 to 1: two thirds for finding and fetching, one for unpacking."
