@@ -11,11 +11,12 @@ COURSE = ("student", "solved", "logs") # of tutorials/; logs are what the notebo
 class BuildWithCourse(build_py):
     "Modules and weights as ever, and tutorials/ beside them as instructvideo_kit/course."
     def run(self):
+        if self.editable_mode: return super().run() # a checkout has tutorials/ itself
+        package = Path(self.build_lib)/"instructvideo_kit"
+        shutil.rmtree(package, ignore_errors=True) # of an earlier build: modules that are gone would come along
         super().run()
-        if self.editable_mode: return # a checkout has tutorials/ itself
         for name in COURSE:
-            target = Path(self.build_lib)/"instructvideo_kit/course"/name
-            shutil.rmtree(target, ignore_errors=True)
+            target = package/"course"/name
             shutil.copytree(Path("tutorials")/name, target, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
 
 

@@ -325,7 +325,8 @@ def defined(path):
 def places():
     page = text_of("CONTRIBUTING.md")
     part = page[page.index("## To change X"):page.index("## Before a commit")]
-    return sorted({(place, name) for place, name in PLACE.findall(part) if place not in ("tools/", "instructvideo_kit/")})
+    folders = ("tools/", "instructvideo_kit/") # of the repository
+    return sorted({(place, name) for place, name in PLACE.findall(part) if place not in folders})
 
 
 @pytest.mark.parametrize("place,name", places())

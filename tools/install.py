@@ -286,7 +286,6 @@ def fill(folder):
     into = [*pip_command("wheel"), "--wheel-dir", str(folder), "--find-links", str(folder)]
     finish(*follow([*into, "--no-deps", "-r", "constraints.txt"], pins()))
     say("step 3 of 3: the kit itself, and what only this platform needs")
-    shutil.rmtree("build/lib", ignore_errors=True) # of an earlier wheel: modules that are gone would come along
     finish(*follow([*into, "-c", "constraints.txt", ".[dev]"], pins()))
     (folder/MADE_WITH).write_text(this_machine() + "\n")
     size = sum(p.stat().st_size for p in folder.glob("*.whl"))/1e9
