@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HERE', 'plain', 'app', 'menagerie', 'Policy', 'Reward', 'Seed', 'Steps', 'PARTS', 'mendable', 'one_line', 'Friendly',
            'prepare', 'parse_set', 'slug', 'options', 'demo', 'tune', 'sample', 'evaluate', 'train', 'export', 'show',
-           'reproduce', 'doctor', 'main']
+           'reproduce', 'tutorials', 'doctor', 'main']
 
 # %% ../nbs/95_cli.ipynb #77e2166e
 import os, re, traceback, warnings
@@ -303,6 +303,20 @@ def reproduce(
     from instructvideo_kit.measure.scoreboard import reproduce as run
     try: run(claim, preset, seeds, quick, shard, dry_run, out, typer.echo)
     except KeyboardInterrupt: _stop(f"stopped; the same command goes on, finished results are in {out}", 130)
+
+# %% ../nbs/95_cli.ipynb #435a1d04
+@app.command()
+def tutorials(
+    to: Annotated[Path, typer.Option(help="Folder; files of yours in it are left as they are.")] = Path("."),
+):
+    "Copy the course to a folder: tutorials/student to work in, tutorials/solved, and the logs that they read."
+    from importlib.util import find_spec
+
+    from instructvideo_kit.tutorials import copy_course
+    student, kept = copy_course(to)
+    if kept: typer.echo(f"{len(kept)} files there differ and were left alone, such as {kept[0]}", err=True)
+    if find_spec("jupyterlab") is None: typer.echo("first: pip install jupyterlab", err=True)
+    typer.echo(f"{student}\nnext: jupyter lab {student}/01_start_here.ipynb")
 
 # %% ../nbs/95_cli.ipynb #435a1d03
 @app.command()

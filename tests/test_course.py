@@ -1,17 +1,21 @@
 "The course: masters keep the conventions, editions are made from them, cards can be read, nothing is too large."
-import ast, importlib.util, json, re, subprocess, sys
+import importlib.util
+import json
+import re
+import sys
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT/".ci")) # test.py imports clean.py beside it
+sys.path.insert(0, str(ROOT/"tools")) # test.py imports clean.py beside it
 
 def tool(name, path):
     spec = importlib.util.spec_from_file_location(name, ROOT/path)
     module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
     return module
 
-editions, ci = tool("editions", ".ci/editions.py"), tool("ci_test", ".ci/test.py")
+editions, ci = tool("editions", "tools/editions.py"), tool("ci_test", "tools/test.py")
 MASTERS = editions.masters()
 every_master = pytest.mark.parametrize("path", MASTERS, ids=lambda p: p.stem)
 
@@ -187,7 +191,9 @@ def symbols(): return [line.split("|")[2].strip().strip("`") for line in (ROOT/"
 
 @pytest.mark.parametrize("name", symbols())
 def test_every_symbol_exists(name):
-    import importlib, inspect, dataclasses
+    import dataclasses
+    import importlib
+    import inspect
     dotted, _, parameter = name.partition(":")
     room, module, *rest = dotted.split(".")
     thing = getattr(importlib.import_module(f"instructvideo_kit.{room}.{module}"), rest[0])
@@ -196,7 +202,7 @@ def test_every_symbol_exists(name):
 
 def test_there_are_symbols(): assert len(symbols()) > 25 and len(set(symbols())) == len(symbols())
 
-docs = tool("docs_pages", ".ci/docs.py")
+docs = tool("docs_pages", "tools/docs.py")
 
 def test_a_page_shows_the_head_of_each_function_and_nothing_of_its_body():
     page = docs.api_page(ROOT/"instructvideo_kit/reward/tar.py")
@@ -207,7 +213,7 @@ def test_classes_show_fields_and_methods():
     page = docs.api_page(ROOT/"instructvideo_kit/tuning/instructvideo.py")
     assert "tau: float = 0.6" in page and "def __call__(self, positions)" in page and "def check(self)" in page
 
-slides = tool("slides", ".ci/slides.py")
+slides = tool("slides", "tools/slides.py")
 
 def test_slides_open_at_headings_and_leave_the_machinery_out():
     nb = small()

@@ -1,16 +1,22 @@
-"Python reads this file at start-up when its folder is on PYTHONPATH: connections that leave this machine are refused in every process of the tests."
-import errno, ipaddress, os, socket
+"""Python reads this file at start-up when its folder is on PYTHONPATH: connections that leave this machine are refused
+in every process of the tests."""
+import errno
+import ipaddress
+import os
+import socket
 
 
 def is_local(host):
     "Loopback, or this machine by name."
     host = host.decode() if isinstance(host, bytes) else host
-    if host in (None, "", "localhost", "ip6-localhost", "<broadcast>", socket.gethostname()): return host != "<broadcast>"
+    if host == "<broadcast>": return False
+    if host in (None, "", "localhost", "ip6-localhost", socket.gethostname()): return True
     try: return ipaddress.ip_address(host.split("%")[0]).is_loopback or host in ("0.0.0.0", "::")
     except ValueError: return False
 
 
-def refuse(host): raise OSError(errno.ENETUNREACH, f"the tests run without a network; something wanted to reach {host!r}")
+def refuse(host):
+    raise OSError(errno.ENETUNREACH, f"the tests run without a network; something wanted to reach {host!r}")
 
 
 def guarded(real, where):

@@ -1,10 +1,16 @@
-"""Two editions of each tutorial: tutorials/NN_*.ipynb (the master) -> tutorials/student (no solutions) and tutorials/solved (no marks).
+"""Two editions of each tutorial.
+
+tutorials/NN_*.ipynb (the master) -> tutorials/student (no solutions) and tutorials/solved (no marks).
 Also the table of the tutorials in the README and in the syllabus, from their cards.
 
-python .ci/editions.py [PREFIX ...]          write them, and nbgrader's cell metadata into the masters
-python .ci/editions.py --check [PREFIX ...]  say what is out of step, and exit 1 if anything is
+python tools/editions.py [PREFIX ...]          write them, and nbgrader's cell metadata into the masters
+python tools/editions.py --check [PREFIX ...]  say what is out of step, and exit 1 if anything is
 """
-import configparser, copy, json, re, sys
+import configparser
+import copy
+import json
+import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,7 +23,9 @@ if "google.colab" in sys.modules: # this release of the kit, beside Colab's own 
     !git clone -q --depth 1 --branch {tag} https://github.com/{repo} kit && pip install -q ./kit
     %cd -q kit/tutorials/{edition}
 """
-BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{repo}/blob/{tag}/tutorials/{edition}/{name})"
+PICTURE = "https://colab.research.google.com/assets/colab-badge.svg"
+PLACE = "https://colab.research.google.com/github/{repo}/blob/{tag}/tutorials/{edition}/{name}"
+BADGE = f"[![Open in Colab]({PICTURE})]({PLACE})"
 
 
 MINUTES = re.compile(r"\| minutes \| (\d+) to read, ([\d.]+) to run, (\d+) with the exercises \|")
@@ -29,7 +37,8 @@ class Odd(ValueError): "A master that does not keep the conventions."
 
 
 def masters(prefixes=(), root=ROOT):
-    return [p for p in sorted((root/"tutorials").glob("[0-9][0-9]_*.ipynb")) if not prefixes or p.name.startswith(tuple(prefixes))]
+    found = sorted((root/"tutorials").glob("[0-9][0-9]_*.ipynb"))
+    return [p for p in found if not prefixes or p.name.startswith(tuple(prefixes))]
 
 
 def release(root=ROOT):
@@ -51,7 +60,8 @@ def directive(cell):
 def nbgrader(kind, name, points):
     "The metadata that nbgrader expects of an answer or of a graded cell."
     graded = kind == "graded"
-    data = dict(grade=graded, grade_id=name if graded else f"{name}_answer", locked=graded, schema_version=3, solution=not graded, task=False)
+    grade_id = name if graded else f"{name}_answer"
+    data = dict(grade=graded, grade_id=grade_id, locked=graded, schema_version=3, solution=not graded, task=False)
     return {**data, "points": float(points) if "." in points else int(points)} if graded else data
 
 
@@ -65,9 +75,12 @@ def problems(nb):
         (kind, name, points), text = directive(cell), source(cell)
         if kind in ("answer", "graded") and not name: found.append(f"a cell #| {kind} has no name")
         if (kind, name) in seen: found.append(f"#| {kind} {name} stands twice")
-        if kind == "answer" and not balanced(text, "SOLUTION"): found.append(f"answer {name}: one ### BEGIN SOLUTION and one ### END SOLUTION are needed")
-        if kind == "graded" and not (points and balanced(text, "HIDDEN TESTS")): found.append(f"graded {name}: points and one hidden test are needed")
-        if not kind and MARK.search(text) and cell["cell_type"] == "code": found.append(f"marks in a cell without directive: {text.splitlines()[0]}")
+        if kind == "answer" and not balanced(text, "SOLUTION"):
+            found.append(f"answer {name}: one ### BEGIN SOLUTION and one ### END SOLUTION are needed")
+        if kind == "graded" and not (points and balanced(text, "HIDDEN TESTS")):
+            found.append(f"graded {name}: points and one hidden test are needed")
+        if not kind and MARK.search(text) and cell["cell_type"] == "code":
+            found.append(f"marks in a cell without directive: {text.splitlines()[0]}")
         if kind: seen.add((kind, name))
     names = [{n for k, n in seen if k == kind} for kind in ("answer", "graded")]
     return found + [f"{n} has no {'check' if n in names[0] else 'answer'}" for n in sorted(names[0] ^ names[1])]
@@ -99,11 +112,15 @@ def edit_cell(cell, edition, where):
     return cell
 
 
+SOLVED = """
+<details><summary>Solution</summary>The same cell of <a href="../solved/{}">the solved edition</a>.</details>"""
+
+
 def link_solution(cells, name):
     "Below the last hint of each exercise: where its solution is."
     hints = [i for i, c in enumerate(cells) if c["cell_type"] == "markdown" and "<summary>Hint" in c["source"]]
     for i in hints:
-        if i + 1 not in hints: cells[i]["source"] += f"\n<details><summary>Solution</summary>The same cell of <a href=\"../solved/{name}\">the solved edition</a>.</details>"
+        if i + 1 not in hints: cells[i]["source"] += SOLVED.format(name)
 
 
 def edition_of(nb, name, edition, where):
@@ -128,7 +145,10 @@ def with_metadata(nb):
 def lines(cell): return {**cell, "source": source(cell).splitlines(keepends=True)}
 
 
-def dump(nb): return json.dumps({**nb, "cells": [lines(c) for c in nb["cells"]]}, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+def dump(nb):
+    "The text of a notebook's file."
+    listed = {**nb, "cells": [lines(c) for c in nb["cells"]]}
+    return json.dumps(listed, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def files_of(path):
@@ -136,8 +156,10 @@ def files_of(path):
     nb = json.loads(path.read_text(encoding="utf-8"))
     if odd := problems(nb): raise Odd(f"{path.name}: " + "; ".join(odd))
     plain, where = {**nb, "cells": [{**c, "source": source(c)} for c in nb["cells"]]}, release(path.parent.parent)
-    editions = {path.parent/e/path.name: dump(edition_of(with_metadata(plain), path.name, e, where)) for e in ("student", "solved")}
-    return {path: dump(with_metadata(nb)), **editions}
+    made = {path: dump(with_metadata(nb))}
+    for edition in ("student", "solved"):
+        made[path.parent/edition/path.name] = dump(edition_of(with_metadata(plain), path.name, edition, where))
+    return made
 
 
 def tutorial_row(path):
@@ -152,12 +174,14 @@ def tables(root=ROOT):
     "Pages with a table of the tutorials: path -> text."
     rows = "".join(tutorial_row(p) for p in masters(root=root))
     table = f"| | tutorial | about | read | run | do |\n|---|---|---|---|---|---|\n{rows}"
-    return {root/name: TABLE.sub(lambda m: m[1] + table + m[2], (root/name).read_text(encoding="utf-8")) for name in TABLES if (root/name).is_file()}
+    pages = {root/name: (root/name).read_text(encoding="utf-8") for name in TABLES if (root/name).is_file()}
+    return {path: TABLE.sub(lambda m: m[1] + table + m[2], text) for path, text in pages.items()}
 
 
 def strays(root=ROOT):
     "Editions without a master."
-    return [p for e in ("student", "solved") for p in sorted((root/"tutorials"/e).glob("*.ipynb")) if not (root/"tutorials"/p.name).exists()]
+    found = [p for edition in ("student", "solved") for p in sorted((root/"tutorials"/edition).glob("*.ipynb"))]
+    return [p for p in found if not (root/"tutorials"/p.name).exists()]
 
 
 def stale(wanted): return [p for p, text in wanted.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
@@ -168,7 +192,9 @@ def main(arguments):
     try: wanted = {p: t for m in masters(prefixes) for p, t in files_of(m).items()} | ({} if prefixes else tables())
     except Odd as error: sys.exit(f"editions: {error}")
     changed, lost = stale(wanted), [] if prefixes else strays()
-    for p in [] if check else changed: p.parent.mkdir(exist_ok=True); p.write_text(wanted[p], encoding="utf-8")
+    for p in [] if check else changed:
+        p.parent.mkdir(exist_ok=True)
+        p.write_text(wanted[p], encoding="utf-8")
     for p in changed: print(f"  {p.relative_to(ROOT)} {'is out of step' if check else 'written'}")
     for p in lost: print(f"  {p.relative_to(ROOT)} has no master")
     if check and (changed or lost): sys.exit("editions: run `make editions` and commit")

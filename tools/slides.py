@@ -1,24 +1,33 @@
 """`make slides`: a reveal.js presentation of each master tutorial in build/slides, with its outputs.
 
-A heading opens a slide, what follows stands below it (press down); set-up cells, checks and hints are left out, answers are stubs. --reveal says where reveal.js is: an address, or a folder
-beside the slides. Nothing else is fetched but MathJax; without a network formulas stay as they are written.
+A heading opens a slide, what follows stands below it (press down); set-up cells, checks and hints are left out, answers
+are stubs. --reveal says where reveal.js is: an address, or a folder beside the slides. Nothing else is fetched but
+MathJax; without a network formulas stay as they are written.
 """
-import argparse, json, re, subprocess, sys, tempfile
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+
 from editions import MARK, directive, masters, source, student_code
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTER = """<style>.reveal .slides section section {{ max-height: 95vh; overflow-y: auto }}</style>
 <script src="{reveal}/dist/reveal.js"></script>
 <script src="{reveal}/plugin/notes/notes.js"></script>
-<script>Reveal.initialize({{ controls: true, progress: true, history: true, slideNumber: true, transition: "none", width: 1200, height: 800, plugins: [RevealNotes] }})</script>
+<script>Reveal.initialize({{ controls: true, progress: true, history: true, slideNumber: true, transition: "none",
+  width: 1200, height: 800, plugins: [RevealNotes] }})</script>
 """
 
 
 def kind_of(cell, first):
     "slide, subslide or skip."
     text, kind = source(cell), directive(cell)[0]
-    if kind in ("setup", "graded") or text.startswith(("import ", "from ", "MODEL,", "JUDGE,")) or "<summary>Hint" in text: return "skip"
+    machinery = text.startswith(("import ", "from ", "MODEL,", "JUDGE,")) or "<summary>Hint" in text
+    if kind in ("setup", "graded") or machinery: return "skip"
     return "slide" if first or re.match(r"#{1,2} ", text) else "subslide"
 
 
@@ -49,7 +58,8 @@ def build(path, reveal, out):
     with tempfile.TemporaryDirectory() as folder:
         notebook = Path(folder)/path.name
         notebook.write_text(json.dumps(as_slides(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
-        command = [sys.executable, "-m", "nbconvert", "--to", "slides", f"--SlidesExporter.reveal_url_prefix={reveal}", "--log-level", "ERROR"]
+        where = f"--SlidesExporter.reveal_url_prefix={reveal}"
+        command = [sys.executable, "-m", "nbconvert", "--to", "slides", where, "--log-level", "ERROR"]
         if subprocess.run([*command, "--output-dir", out, notebook]).returncode: return False
     page = out/f"{path.stem}.slides.html"
     page.write_text(start_plainly(page.read_text(encoding="utf-8"), reveal), encoding="utf-8")
@@ -58,7 +68,8 @@ def build(path, reveal, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reveal", default="https://cdn.jsdelivr.net/npm/reveal.js@4.6.1", help="address or folder of reveal.js")
+    address = "https://cdn.jsdelivr.net/npm/reveal.js@4.6.1"
+    parser.add_argument("--reveal", default=address, help="address or folder of reveal.js")
     parser.add_argument("prefixes", nargs="*", help="only tutorials whose names begin so")
     chosen = parser.parse_args()
     out = ROOT/"build/slides"
