@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import Idefics2Config, Idefics2Model, Idefics2PreTrainedModel, Qwen2VLConfig, Qwen2VLModel, Qwen2VLPreTrainedModel
 from ..files import KitError, locate, near, write_atomic
-from .base import CLIP_MEAN, CLIP_STD, check_frames, clamp_frames
+from .base import CLIP_MEAN, CLIP_STD, check_frames, clamp_frames, named_class
 from .clip import _read_json, load_checkpoint
 
 # %% ../../nbs/reward/04_videoscore.ipynb #64f07171
@@ -36,13 +36,14 @@ VIDEOSCORES = {
 }
 
 def pick_dimension(
-    scores, # (..., 5), in the order of DIMENSIONS
-    dim:str="temporal_consistency", # a name of DIMENSIONS, or "mean"
+    scores, # (..., 5), in the order of `dims`
+    dim:str="temporal_consistency", # a name of `dims`, or "mean"
+    dims:tuple=DIMENSIONS, # names of the numbers
 )->"torch.Tensor": # (...)
-    "One of the five numbers by name, or their mean; ValueError for another name."
+    "One of the numbers by name, or their mean; ValueError for another name."
     if dim == "mean": return scores.mean(-1)
-    if dim not in DIMENSIONS: raise ValueError(f'dim is "{dim}"; {near(dim, [*DIMENSIONS, "mean"])}')
-    return scores[..., DIMENSIONS.index(dim)]
+    if dim not in dims: raise ValueError(f'dim is "{dim}"; {near(dim, [*dims, "mean"])}')
+    return scores[..., list(dims).index(dim)]
 
 # %% ../../nbs/reward/04_videoscore.ipynb #af05f70e
 PROMPT = "\n".join([ # the release's text: an input the weights were fitted to
@@ -148,22 +149,25 @@ class VideoScoreReward(nn.Module):
         tokenizer, # tokenizers.Tokenizer
         max_frames:int=16, # frames it may see: 16, or 48 for v1.1
         sampling:str="example", # "example" or "benchmark", see videoscore_frames
-        dim:str="temporal_consistency", # what `score` gives: a name of `dims`, or "mean"
+        dim:str=None, # what `score` gives: a name of `dims`, or "mean"; None: temporal_consistency, or the mean where there is none
         name:str="videoscore", # shown in logs and reports
         max_tokens:int=None, # a longer caption is cut; None: what the model takes
         question:str=PROMPT, # what the judge was trained to be asked, with {text_prompt} where the caption goes
+        dims:tuple=DIMENSIONS, # names of the numbers of its head
         **pictures, # shortest, longest, mean, std: see idefics_pictures
     ):
         super().__init__()
-        videoscore_frames(max_frames, max_frames, sampling), pick_dimension(torch.zeros(5), dim) # refuse wrong names at once
+        dim = dim or ("temporal_consistency" if "temporal_consistency" in dims else "mean")
+        videoscore_frames(max_frames, max_frames, sampling), pick_dimension(torch.zeros(len(dims)), dim, dims) # refuse wrong names at once
         config, self._place = model.config, tokenizer.token_to_id(self.place)
-        if config.num_labels != len(DIMENSIONS): raise KitError(f"the head gives {config.num_labels} numbers, VideoScore's gives {len(DIMENSIONS)}")
+        if config.num_labels != len(dims):
+            raise KitError(f"the head gives {config.num_labels} numbers, expected {len(dims)}: {', '.join(dims)}; kit.json may name others as dims")
         if self._place != (expected := self._place_id(config)):
             raise KitError(f'the tokenizer has "{self.place}" at {self._place}, the model at {expected}; they do not belong together')
         tokenizer.no_padding(), tokenizer.no_truncation()
         self.model, self.tokenizer, self.name = model.requires_grad_(False).eval(), tokenizer, name
         self.max_frames, self.sampling, self.dim, self.max_tokens = max_frames, sampling, dim, max_tokens or self.most_tokens
-        self.question, self.pictures = question, pictures
+        self.question, self.pictures, self.dims = question, pictures, tuple(dims)
 
     def train(self, mode=True): return super().train(False) # a judge has no training mode
 
@@ -171,14 +175,22 @@ class VideoScoreReward(nn.Module):
         video, # (b, f, 3, h, w) in [0, 1]
         prompts, # list of b captions
         chunk:int=None, # frames per pass through the vision tower, recomputed for the gradient; None: all at once
-    ): # (b, 5)
-        "Score each clip on the five dimensions; ValueError for bad frames or prompts."
+    ): # (b, len(dims))
+        "Score each clip on the dimensions; ValueError for bad frames or prompts."
+        scores = self.model.score(self.hidden(video, prompts, chunk))
+        return scores if scores.dtype == torch.float64 else scores.float()
+
+    def hidden(self,
+        video, # (b, f, 3, h, w) in [0, 1]
+        prompts, # list of b captions
+        chunk:int=None, # as in `forward`
+    ): # (b, d)
+        "What the head reads: the last layer at the last token that is not padding; differentiable."
         check_frames(video, prompts)
         pictures = self._pictures(video)
         ids, mask = self.tokens(prompts, pictures.shape[1], self._places(*pictures.shape[-2:], pictures.shape[1]))
-        hidden = self._read(ids, mask, self.image_features(pictures, chunk))
-        scores = self.model.score(hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]) # the last token that is not padding
-        return scores if scores.dtype == torch.float64 else scores.float()
+        states = self._read(ids, mask, self.image_features(pictures, chunk))
+        return states[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
 
     def score(self,
         video, # (b, f, 3, h, w) in [0, 1]
@@ -187,7 +199,7 @@ class VideoScoreReward(nn.Module):
         chunk:int=None, # as above
     ): # (b,)
         "One number per clip."
-        return pick_dimension(self(video, prompts, chunk), dim or self.dim)
+        return pick_dimension(self(video, prompts, chunk), dim or self.dim, self.dims)
 
     def per_frame(self,
         frames, # (b, s, 3, h, w) in [0, 1]
@@ -260,8 +272,9 @@ class VideoScoreReward(nn.Module):
         device=None, # None: the CPU
         **kwargs, # dim, sampling, max_tokens; max_frames for a folder that does not have its release's name
     )->"VideoScoreReward":
-        "Load a video judge from local files; KitError says what is missing and how to get it."
+        "Load a video judge from local files, or what the folder's kit.json names; KitError says what is missing and how to get it."
         folder, facts = _find(name_or_path)
+        if other := named_class(folder): return other.from_pretrained(folder, dtype=dtype, device=device, **kwargs)
         model, tokenizer = _load_model(folder, dtype or torch.float32), _load_tokenizer(folder)
         family = VideoScoreQwenReward if isinstance(model, VideoScoreQwenModel) else VideoScoreReward
         return family(model, tokenizer, **{**facts, **_read_json(folder/"kit.json"), **_picture_facts(folder), **kwargs}).to(device=device)
