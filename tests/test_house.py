@@ -6,7 +6,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/"instructvideo_kit"
 LEVEL = dict(files=0, video=1, diffusion=1, policy=2, reward=2, doctor=2, # menagerie trains a policy and a reward, so it stands on both
-             menagerie=3, tuning=3, interactive=3, measure=4, widgets=4, check=4, demo=5, cli=6)
+             menagerie=3, tuning=3, interactive=3, feedback=3, measure=4, widgets=4, check=4, demo=5, cli=6)
 MENAGERIE_FOLK = {"menagerie", "measure", "widgets", "demo", "cli"}
 NO_MODULE = {"__init__.py", "_modidx.py"}
 

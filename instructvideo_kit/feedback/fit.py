@@ -7,13 +7,12 @@ __all__ = ['KS', 'PRIOR_K', 'PRIOR_NOISE', 'WIDTHS', 'SHIPPED', 'directions', 'n
            'check_votes', 'fit_votes', 'prior_head', 'predicted', 'win_probability', 'accuracy', 'cross_validated',
            'fit_report']
 
-# %% ../../nbs/feedback/04_fit.ipynb #a63eead9
-import math, warnings
+# %% ../../nbs/feedback/04_fit.ipynb #13c21034
+import math
 
 import numpy as np
 import torch
 
-from .preference import preference_probabilities
 from .reward import Head
 from ..files import KitError
 
@@ -53,10 +52,15 @@ def _slopes(
     second = np.where(vote > 0, bend_a, np.where(vote < 0, bend_b, bend_a + bend_b))
     return first, second
 
-def _likelihood(delta, vote, k):
-    "(n,) probability of what was said, by a rater who looks."
-    p = preference_probabilities(torch.from_numpy(delta), k).numpy()
-    return np.take_along_axis(p, np.where(vote > 0, 0, np.where(vote < 0, 1, 2))[:, None], 1)[:, 0].clip(1e-300)
+def _likelihood(
+    delta, # (n,)
+    vote, # (n,)
+    k, # number, or (m, 1) for several at once
+): # (n,) or (m, n)
+    "Probability of what was said, by a rater who looks: `preference_probabilities` in numpy, for many k."
+    a, b = _sigmoid(delta - np.log(k)), _sigmoid(-delta - np.log(k))
+    same = (np.square(k) - 1)*a*b
+    return np.where(vote > 0, a, np.where(vote < 0, b, same)).clip(1e-300)
 
 def newton(
     x, # (n, d) differences of the pairs
@@ -95,7 +99,7 @@ def careful(
 
 def best_k(delta, vote, rho)->float:
     "The k under which the observed ties are likeliest, with its prior."
-    p = np.stack([np.log(_likelihood(delta, vote, k)) for k in KS]) @ rho
+    p = np.log(_likelihood(delta, vote, KS[:, None])) @ rho
     return float(KS[np.argmax(p - .5*((np.log(KS) - PRIOR_K[0])/PRIOR_K[1])**2)])
 
 def best_noise(rho)->float:

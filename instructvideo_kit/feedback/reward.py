@@ -48,6 +48,13 @@ class JudgeFeatures(nn.Module):
         "How many columns, the first, are the judges' own scores."
         return (self.image is not None) + (self.video is not None)
 
+    @property
+    def blocks(self)->list: # of widths
+        "Widths of the blocks of columns: a score of each judge, look, change, view, light."
+        look = [] if self.image is None else [self.image.model.config.projection_dim]*2
+        view = [] if self.video is None else [self.video.model.score.in_features]
+        return [1]*self.shipped + look + view + [7]
+
     def forward(self,
         frames, # (b, s, 3, h, w) in [0, 1]
         prompts, # list of b captions
