@@ -245,6 +245,16 @@ def _captions(path, policy):
     if policy.name != "menagerie": raise KitError(f'the captions to evaluate "{policy.name}" on are not known; give a text file with one per line: --prompts FILE')
     return held_out()
 
+from .feedback.commands import feedback_app
+
+def _vote_captions(policy):
+    "Captions to vote on: the menagerie's tuning split, so that the evaluation's stay unseen."
+    from instructvideo_kit.menagerie.captions import prompts
+    if policy.name != "menagerie": raise KitError(f'the captions to vote on with "{policy.name}" are not known; give a text file with one per line: --captions FILE')
+    return prompts(64, "tune")
+
+app.add_typer(feedback_app(_vote_captions, prepare), name="feedback")
+
 def _oracle(captions, policy):
     "The oracle, or a note why there is none."
     from instructvideo_kit.demo import open_oracle
