@@ -174,7 +174,8 @@ def test_more_votes_are_better_and_the_fit_is_fast():
 def test_noise_and_k_are_found():
     phi = world()
     clean, noisy = (fit_votes(phi, *said(phi, 400, 1, 2., e), BLOCKS) for e in (0., .4))
-    assert clean.noise < .08 and .2 < noisy.noise < .6
+    assert clean.noise < .06 and noisy.noise > 2*clean.noise # a weak taste and carelessness look alike: the estimate is low
+    assert clean.against < .12 and noisy.against > .18
     assert fit_votes(phi, *said(phi, 400, 1, 1.2), BLOCKS).k < fit_votes(phi, *said(phi, 400, 1, 6.), BLOCKS).k
 
 
@@ -183,7 +184,7 @@ def test_contradictory_votes_are_told():
     both = [np.concatenate(x) for x in ((first, second), (second, first), (vote, vote))] # everything, and its opposite
     head = fit_votes(phi, *both, BLOCKS)
     told = fit_report(head, ["a", "b"], both[2], cross_validated(phi, *both, BLOCKS))
-    assert any("coin" in t or "contradict" in t for t in told) and "careless" in told[0]
+    assert any("contradict each other" in t for t in told) and "careless" in told[0]
 
 
 def test_without_votes_it_is_the_shipped_judge_and_few_votes_do_not_turn_it_round():

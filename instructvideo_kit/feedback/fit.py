@@ -150,6 +150,8 @@ def fit_votes(
     w, hessian, head.k, head.noise, _ = best
     head.weights, head.votes = torch.from_numpy(w), len(vote)
     head.factor = torch.from_numpy(np.linalg.cholesky(np.linalg.inv(hessian)))
+    decided = vote != 0
+    head.against = float((np.sign(x @ w) != vote)[decided].mean())
     return head
 
 def _prior(d, c, s):
@@ -244,12 +246,12 @@ def fit_report(
     "What a fit found, and what speaks against trusting it."
     vote = torch.as_tensor(vote)
     same = (vote == 0).double().mean().item()
-    told = [f'{len(vote)} votes, {100*same:.0f} % "same" (k = {head.k:.1f}), about {100*head.noise:.0f} % careless or contradictory']
+    told = [f'{len(vote)} votes, {100*same:.0f} % "same" (k = {head.k:.1f}), about {100*head.noise:.0f} % careless; {100*head.against:.0f} % of the decided votes contradict the reward that fits them best']
     if crossed:
         error = math.sqrt(crossed["accuracy"]*(1 - crossed["accuracy"])/crossed["pairs"])
         told.append(f'right on {100*crossed["accuracy"]:.0f} % of held-out votes (+- {196*error:.0f}), calibration error {crossed["calibration"]:.2f}')
         if crossed["accuracy"] - 1.96*error < .5: told.append("that cannot be told from a coin: vote on more pairs before you tune with it")
     else: told.append("too few votes to hold some out: nobody knows yet how right it is")
-    if head.noise > .25: told.append(f"the votes contradict each other: {100*head.noise:.0f} % of them look like dice; are two tastes mixed, or the pairs too alike?")
+    if max(head.noise, head.against) > .25: told.append("the votes contradict each other; are two tastes mixed, or the pairs too alike?")
     if len(set(captions)) == 1: told.append(f'all clips have one caption ("{captions[0]}"): nothing says that the taste holds for others')
     return told

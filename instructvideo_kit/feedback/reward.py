@@ -125,6 +125,7 @@ class Head:
     k: float = 1.0 # of the tie model
     noise: float = 0.0 # share of careless votes
     votes: int = 0 # it was fitted to
+    against: float = 0.0 # share of the decided ones among them that go against it
 
     def coordinates(self,
         features, # (n, D)
