@@ -16,7 +16,8 @@ import typer
 from typer.core import TyperGroup
 
 from . import files
-from .files import KitError, near
+from .feedback.commands import feedback_app
+from .files import KitError, near, need
 from .tuning.config import algorithms
 
 # %% ../nbs/95_cli.ipynb #28df9e8f
@@ -179,6 +180,16 @@ def sample(
     videos = draw_samples(policy, lora, jobs, steps, guidance)
     names = [f"{i:02d}-{slug(prompt)}-seed{each}" for i, (prompt, each) in enumerate(jobs)]
     for path in write_samples(out, names, videos, [p for p, _ in jobs]): typer.echo(path)
+
+# %% ../nbs/95_cli.ipynb #24a7efdd
+def _vote_captions(policy):
+    "Captions to vote on: the menagerie's tuning split, so that the evaluation's stay unseen."
+    from instructvideo_kit.menagerie.captions import prompts
+    need(policy.name == "menagerie", f'the captions to vote on with "{policy.name}" are not known; '
+         "give a text file with one per line: --captions FILE")
+    return prompts(64, "tune")
+
+app.add_typer(feedback_app(_vote_captions, prepare), name="feedback")
 
 # %% ../nbs/95_cli.ipynb #fb3fc8ca
 @app.command()

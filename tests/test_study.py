@@ -23,8 +23,8 @@ def answer_all(folder, rater, choose):
     key = json.loads((folder/"key.json").read_text())["pairs"]
     for pair, swapped in st.order_for(st.open_study(folder), rater):
         won = choose(pair, key)
-        side = "tie" if won == "tie" else ("left" if (key[pair["pair"]][0] == won) != swapped else "right")
-        st.vote(folder, rater, pair, swapped, {"quality": side, "alignment": "tie"})
+        side = "same" if won == "tie" else ("left" if (key[pair["pair"]][0] == won) != swapped else "right")
+        st.vote(folder, rater, pair, swapped, {"quality": side, "alignment": "same"})
 
 
 def test_files_that_raters_see_are_blind(folder):
@@ -70,24 +70,35 @@ def test_alpha_of_krippendorffs_own_example():
 def test_votes_of_many_raters_at_once_are_all_there(folder):
     with ThreadPoolExecutor(8) as pool: list(pool.map(lambda n: answer_all(folder, f"rater {n}", lambda pair, key: "tie"), range(8)))
     votes = st.read_votes(folder)
-    assert len(votes) == 40 and len({(v["rater"], v["pair"]) for v in votes}) == 40
+    assert len(votes) == 80 and len({(v["rater"], v["pair"], v["question"]) for v in votes}) == 80
+
+
+def press(page, kind, side=None): page.voting.receive({"kind": kind, "side": side, "number": page.voting.pair["number"]})
 
 
 def test_a_page_goes_on_where_it_was_closed(folder):
     page = st.StudyPage(folder, "Ada")
-    first = page.current[0]["pair"]
-    page.submit()
-    assert "no answer" in page.note.value and page.current[0]["pair"] == first
-    for buttons in page.answers.values(): buttons.value = "tie"
-    page.button.click()
+    first = page.ballot.current
+    press(page, "vote", "same")
+    assert page.ballot.current[0]["pair"] == first[0]["pair"] and page.ballot.current[2] != first[2] # its second question
+    press(page, "vote", "left")
     again = st.StudyPage(folder)
-    assert again.button.disabled and again.current is None
+    assert again.voting is None and "type your name" in again.note.value
     again.rater.value = "ada"
-    assert again.current[0]["pair"] == page.current[0]["pair"] != first and "2 of 5" in again.caption.value
-    while again.current:
-        for buttons in again.answers.values(): buttons.value = "left"
-        again.submit()
-    assert "done" in again.caption.value and again.button.disabled
+    assert again.ballot.current == page.ballot.current and again.voting.pair["done"] == 2
+    press(again, "undo"); press(again, "undo")
+    assert again.ballot.current == first
+    while again.ballot.current: press(again, "vote", "left")
+    assert "done" in again.voting.pair["question"] and again.voting.pair["clips"] == []
+
+
+def test_the_page_shows_the_clips_on_the_sides_that_are_counted(folder):
+    page = st.StudyPage(folder, "Emmy")
+    key = json.loads((folder/"key.json").read_text())["pairs"]
+    pair, swapped, _ = page.ballot.current
+    left = page.ballot.show()["clips"][0]
+    darker = left.mean() < page.ballot.show()["clips"][1].mean() # the base's clips are half as bright
+    assert darker == (key[pair["pair"]][1 if swapped else 0] == "base")
 
 
 def test_bad_input(folder, tmp_path):
@@ -95,7 +106,10 @@ def test_bad_input(folder, tmp_path):
     with pytest.raises(KitError, match="nobody has voted"): st.outcome(folder)
     answer_all(folder, "Ada", lambda pair, key: "ours")
     path = st.rater_file(folder, "Ada"); path.write_text(path.read_text() + '{"pair": "x')
-    with pytest.raises(KitError, match="line 6 is damaged"): st.read_votes(folder)
+    with pytest.warns(UserWarning, match="line 11 is left out"): assert len(st.read_votes(folder)) == 10
+    next((folder/"clips").iterdir()).unlink()
+    gone = st.StudyBallot(folder, "Mary")
+    with pytest.raises(KitError, match="is gone"): [gone.show() or gone.vote("same") for _ in range(10)]
     (folder/"study.json").write_text("{"); 
     with pytest.raises(KitError, match="damaged"): st.StudyPage(folder)
     (folder/"study.json").write_text('{"version": 2}')

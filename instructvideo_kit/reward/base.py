@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'PREPROCESSINGS', 'check_frames', 'clamp_frames', 'letterbox', 'centre_crop', 'normalise',
-           'preprocess', 'check_trained', 'augment']
+           'preprocess', 'check_trained', 'augment', 'named_class']
 
 # %% ../../nbs/reward/00_base.ipynb #6747d566
 import warnings
@@ -171,3 +171,25 @@ def _shifted(frames, shift, generator):
     cols = rearrange(dx[:, None] + span(w), "n w -> n 1 w")
     cut = x[rearrange(span(b*s), "n -> n 1 1"), :, rows, cols] # advanced indexing puts the channels last
     return rearrange(cut, "(b s) h w c -> b s c h w", b=b)
+
+# %% ../../nbs/reward/00_base.ipynb #f3a0c102
+import json
+from importlib import import_module
+from pathlib import Path
+
+from ..files import KitError
+
+def named_class(
+    folder, # of a reward
+): # the class its kit.json names, or None
+    "The class of the kit that opens a folder; KitError for a class of anybody else."
+    file = Path(folder)/"kit.json"
+    if not file.is_file(): return None
+    try: named = json.loads(file.read_text(encoding="utf-8")).get("class")
+    except ValueError as error: raise KitError(f'"{file}" is not JSON: {error}') from None
+    if named is None: return None
+    module, name = named if isinstance(named, list) and len(named) == 2 else ("", str(named))
+    if not module.startswith("instructvideo_kit."): raise KitError(f'"{file}" asks for the class {named}; expected one of instructvideo_kit')
+    found = getattr(import_module(module), name, None)
+    if found is None: raise KitError(f'"{file}" asks for {module}.{name}, which this version of the kit does not have; update it')
+    return found

@@ -32,7 +32,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ..files import KitError, locate, near, shipped, write_atomic
 from .base import CLIP_MEAN, CLIP_STD, PREPROCESSINGS
-from .base import check_frames, check_trained, clamp_frames, preprocess
+from .base import check_frames, check_trained, clamp_frames, named_class, preprocess
 
 # %% ../../nbs/reward/03_clip.ipynb #7b4bab62
 PUBLISHED: dict[str, dict] = {
@@ -175,8 +175,9 @@ class ClipReward(nn.Module):
         device:str|torch.device|None=None, # None: the CPU
         **kwargs, # antialias, clamp, trained
     )->"ClipReward":
-        "Load a judge from local files; KitError says what is missing and how to get it."
+        "Load a judge from local files, or what the folder's kit.json names; KitError says what is missing and how to get it."
         folder, facts = _find(name_or_path)
+        if other := named_class(folder): return other.from_pretrained(folder, dtype=dtype, device=device, **kwargs)
         model, tokenizer = _load_model(folder), load_tokenizer(folder)
         if scale is None: scale = facts["scale"]
         if scale == "logit_scale": scale = model.logit_scale.exp().item()

@@ -30,7 +30,7 @@ from transformers import Idefics2Config, Idefics2Model, Idefics2PreTrainedModel
 from transformers import Qwen2VLConfig, Qwen2VLModel, Qwen2VLPreTrainedModel
 
 from ..files import KitError, locate, near, write_atomic
-from .base import CLIP_MEAN, CLIP_STD, check_frames, check_trained, clamp_frames, normalise
+from .base import CLIP_MEAN, CLIP_STD, check_frames, check_trained, clamp_frames, named_class, normalise
 from .clip import _read_json, load_checkpoint
 
 # %% ../../nbs/reward/04_videoscore.ipynb #64f07171
@@ -44,13 +44,14 @@ VIDEOSCORES: dict[str, dict] = {
 }
 
 def pick_dimension(
-    scores:Tensor, # (..., 5), in the order of DIMENSIONS
-    dim:str="temporal_consistency", # a name of DIMENSIONS, or "mean"
+    scores:Tensor, # (..., 5), in the order of `dims`
+    dim:str="temporal_consistency", # a name of `dims`, or "mean"
+    dims:tuple=DIMENSIONS, # names of the numbers
 )->Tensor: # (...)
-    "One of the five numbers by name, or their mean; ValueError for another name."
+    "One of the numbers by name, or their mean; ValueError for another name."
     if dim == "mean": return scores.mean(-1)
-    if dim not in DIMENSIONS: raise ValueError(f'dim is "{dim}"; {near(dim, [*DIMENSIONS, "mean"])}')
-    return scores[..., DIMENSIONS.index(dim)]
+    if dim not in dims: raise ValueError(f'dim is "{dim}"; {near(dim, [*dims, "mean"])}')
+    return scores[..., list(dims).index(dim)]
 
 # %% ../../nbs/reward/04_videoscore.ipynb #af05f70e
 PROMPT = "\n".join([ # the release's text: an input the weights were fitted to
@@ -168,22 +169,25 @@ class VideoScoreReward(nn.Module):
         tokenizer:Tokenizer, # from its tokenizer.json
         max_frames:int=16, # frames it may see: 16, or 48 for v1.1
         sampling:str="example", # "example" or "benchmark", see videoscore_frames
-        dim:str="temporal_consistency", # what `score` gives: a name of `dims`, or "mean"
+        dim:str=None, # what `score` gives: a name of `dims`, or "mean"; None: temporal_consistency, or the mean where there is none
         name:str="videoscore", # shown in logs and reports
         max_tokens:int=None, # a longer caption is cut; None: what the model takes
         question:str=PROMPT, # what the judge was trained to be asked, with {text_prompt} where the caption goes
         trained:dict=None, # size, frames, fps -> [low, high] of its training: a warning outside; None: not known
+        dims:tuple=DIMENSIONS, # names of the numbers of its head
         **pictures, # shortest, longest, mean, std: see idefics_pictures
     ):
         super().__init__()
+        dim = dim or ("temporal_consistency" if "temporal_consistency" in dims else "mean")
         videoscore_frames(max_frames, max_frames, sampling) # refuse wrong names at once
-        pick_dimension(torch.zeros(5), dim)
+        pick_dimension(torch.zeros(len(dims)), dim, dims)
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.name = name
         self.max_frames = max_frames
         self.sampling = sampling
         self.dim = dim
+        self.dims = tuple(dims)
         self.max_tokens = max_tokens or self.most_tokens
         self.question = question
         self.pictures = pictures
@@ -196,8 +200,9 @@ class VideoScoreReward(nn.Module):
     def _find_place(self)->int:
         "The token that stands for a picture; KitError unless model and tokenizer belong together."
         config, found = self.model.config, self.tokenizer.token_to_id(self.place)
-        if config.num_labels != len(DIMENSIONS):
-            raise KitError(f"the head gives {config.num_labels} numbers, VideoScore's gives {len(DIMENSIONS)}")
+        if config.num_labels != len(self.dims):
+            raise KitError(f"the head gives {config.num_labels} numbers, expected {len(self.dims)}: "
+                           f"{', '.join(self.dims)}; kit.json may name others as dims")
         if found != (expected := self._place_id(config)):
             raise KitError(f'the tokenizer has "{self.place}" at {found}, the model at {expected}; they do not '
                            f'belong together')
@@ -212,18 +217,27 @@ class VideoScoreReward(nn.Module):
         prompts:Sequence[str], # b captions
         chunk:int=None, # frames per pass through the vision tower, recomputed for the gradient; None: all at once
         fps:float=None, # frames a second of the clip, held against the judge's training; None: not known
-    )->Tensor: # (b, 5)
-        "Score each clip on the five dimensions; ValueError for bad frames or prompts."
+    )->Tensor: # (b, len(dims))
+        "Score each clip on the dimensions; ValueError for bad frames or prompts."
+        scores = self.model.score(self.hidden(video, prompts, chunk, fps))
+        return scores if scores.dtype == torch.float64 else scores.float()
+
+    def hidden(self,
+        video:Tensor, # (b, f, 3, h, w) in [0, 1]
+        prompts:Sequence[str], # b captions
+        chunk:int=None, # as in `forward`
+        fps:float=None, # as in `forward`
+    )->Tensor: # (b, d)
+        "What the head reads: the last layer at the last token that is not padding; differentiable."
         check_frames(video, prompts)
         h, w = video.shape[-2:]
         check_trained(self.trained, self.name, self._said, size=min(h, w), frames=video.shape[1], fps=fps)
         pictures = self._pictures(video)
         n_pictures = pictures.shape[1]
         ids, mask = self.tokens(prompts, n_pictures, self._places(h, w, n_pictures))
-        hidden = self._read(ids, mask, self.image_features(pictures, chunk))
+        states = self._read(ids, mask, self.image_features(pictures, chunk))
         last = mask.sum(1) - 1 # the last token that is not padding
-        scores = self.model.score(hidden[torch.arange(len(ids), device=ids.device), last])
-        return scores if scores.dtype == torch.float64 else scores.float()
+        return states[torch.arange(len(ids), device=ids.device), last]
 
     def score(self,
         video:Tensor, # (b, f, 3, h, w) in [0, 1]
@@ -232,7 +246,7 @@ class VideoScoreReward(nn.Module):
         chunk:int=None, # as above
     )->Tensor: # (b,)
         "One number per clip."
-        return pick_dimension(self(video, prompts, chunk), dim or self.dim)
+        return pick_dimension(self(video, prompts, chunk), dim or self.dim, self.dims)
 
     def per_frame(self,
         frames:Tensor, # (b, s, 3, h, w) in [0, 1]
@@ -319,8 +333,9 @@ class VideoScoreReward(nn.Module):
         device:str|torch.device|None=None, # None: the CPU
         **kwargs, # dim, sampling, max_tokens, trained; max_frames for a folder without its release's name
     )->"VideoScoreReward":
-        "Load a video judge from local files; KitError says what is missing and how to get it."
+        "Load a video judge from local files, or what the folder's kit.json names; KitError says what is missing and how to get it."
         folder, facts = _find(name_or_path)
+        if other := named_class(folder): return other.from_pretrained(folder, dtype=dtype, device=device, **kwargs)
         model, tokenizer = _load_model(folder, dtype or torch.float32), _load_tokenizer(folder)
         family = VideoScoreQwenReward if isinstance(model, VideoScoreQwenModel) else VideoScoreReward
         options = {**facts, **_read_json(folder/"kit.json"), **_picture_facts(folder), **kwargs}
