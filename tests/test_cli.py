@@ -158,7 +158,7 @@ def test_menagerie_train(tmp_path, monkeypatch):
     monkeypatch.setattr(oracle, "train_oracle", train_oracle); monkeypatch.setattr(cli, "HERE", tmp_path/"package")
     answer = call("menagerie", "train", "--part", "oracle", "--out", tmp_path/"o", "--steps", 3, "--ship")
     assert answer.exit_code == 0, answer.output
-    assert asked == {"seed": 0, "steps": 3} and [p.name for p in (tmp_path/"package/weights/oracle/menagerie").iterdir()] == ["oracle.safetensors"]
+    assert asked == {"seed": 0, "steps": 3} and sorted(p.name for p in (tmp_path/"package/weights/oracle/menagerie").iterdir()) == ["kit.json", "oracle.safetensors"]
     assert call("menagerie", "train", "--part", "oracle", "--out", tmp_path/"o", "--ship").exit_code == 0 # a second time, over the first
     refused(call("menagerie", "train", "--part", "judges", "--out", tmp_path/"o"), '"judge"')
 

@@ -121,7 +121,7 @@ def test_candidates_are_one_caption_with_strengths_from_0_to_1():
 
 
 def test_eyes_are_borrowed_faithfully():
-    reward, _ = new_video_judge()
+    reward, _ = new_video_judge(size=32) # as the shipped image judge
     clip = ClipReward.from_pretrained("menagerie")
     frames = torch.rand(12, 3, 36, 36, generator=torch.Generator().manual_seed(0))
     ours, theirs = reward.model.model.vision_model, clip.model.vision_model
