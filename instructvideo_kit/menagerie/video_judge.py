@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHAKING', 'LOOKED_AT', 'LATENTS', 'QUESTION', 'MOTION_WORDS', 'WORDS', 'AFFECTS', 'random_faults', 'other_words',
            'other', 'marks', 'spoil', 'changed_frames', 'twins', 'judge_tokenizer', 'judge_config', 'new_video_judge',
-           'borrow_eyes', 'naming_loss', 'telling_words', 'like_seeks_like', 'HalfWay', 'examples', 'batch_of',
-           'asked_twice', 'video_judge_loss', 'train_video_judge', 'save_video_judge', 'candidates',
+           'borrow_eyes', 'naming_loss', 'telling_words', 'like_seeks_like', 'subject_track', 'HalfWay', 'examples',
+           'batch_of', 'asked_twice', 'video_judge_loss', 'train_video_judge', 'save_video_judge', 'candidates',
            'video_judge_accuracy', 'by_head']
 
 # %% ../../nbs/menagerie/09_video_judge.ipynb #6b70cf79
@@ -29,13 +29,13 @@ from .defects import degrade, render
 from .judge import PICTURE, VISIBLE, frame_size, moved
 from .tokens import menagerie_tokenizer
 from .training import Run, fit
-from .world import MOTIONS, NAMES, PLACE_NAMES, PLACES, Scene
+from .world import MOTIONS, NAMES, PLACE_NAMES, PLACES, Scene, pose
 from ..reward.base import CLIP_MEAN, CLIP_STD
 from ..reward.clip import ClipReward
 from ..reward.videoscore import (
     AROUND, DIMENSIONS, IMAGE, VideoScoreModel, VideoScoreReward, idefics_pictures)
 
-# %% ../../nbs/menagerie/09_video_judge.ipynb #7ed14158
+# %% ../../nbs/menagerie/09_video_judge.ipynb #86611994
 SHAKING = ("flicker", "jitter")
 LOOKED_AT = torch.arange(0, 16, 2) # the frames of a clip the judge sees
 
@@ -47,7 +47,7 @@ def random_faults(
     often = {str(rng.choice(VISIBLE)): .5, str(rng.choice(SHAKING)): .4, str(rng.choice(("freeze", "morph"))): .6}
     return {name: float(rng.uniform(.2, 1)) for name, p in often.items() if rng.random() < p}
 
-# %% ../../nbs/menagerie/09_video_judge.ipynb #9e1fdc27
+# %% ../../nbs/menagerie/09_video_judge.ipynb #a72a70d4
 def other_words(
     scene:Scene, # what is drawn
     rng:np.random.Generator,
@@ -96,7 +96,7 @@ def changed_frames(n, faults):
     "How many of n frames, at the end, show the twin, and how many stand still."
     return round(n / 2 * faults.get("morph", 0.)), round((n - 1) * faults.get("freeze", 0.))
 
-# %% ../../nbs/menagerie/09_video_judge.ipynb #18a8f811
+# %% ../../nbs/menagerie/09_video_judge.ipynb #1a2cf2ca
 def twins(
     chosen:list, # of `Scene`
     rng:np.random.Generator,
@@ -104,10 +104,10 @@ def twins(
     "Each scene with another species."
     return [replace(s, species=other(s.species, NAMES, rng)) for s in chosen]
 
-# %% ../../nbs/menagerie/09_video_judge.ipynb #ee3c8975
+# %% ../../nbs/menagerie/09_video_judge.ipynb #b1938d00
 LATENTS, QUESTION = 6, "{text_prompt}" # vectors per frame; what the judge is asked
 
-# %% ../../nbs/menagerie/09_video_judge.ipynb #493901ba
+# %% ../../nbs/menagerie/09_video_judge.ipynb #008c07c6
 def judge_tokenizer()->"CLIPTokenizer":
     "The menagerie's tokenizer with Idefics2's two marks around and for images."
     tokenizer = menagerie_tokenizer()
@@ -134,7 +134,7 @@ def judge_config(
     return Idefics2Config(image_token_id=tokenizer.convert_tokens_to_ids(IMAGE), text_config=text, vision_config=vision,
                           perceiver_config=perceiver, num_labels=len(DIMENSIONS))
 
-# %% ../../nbs/menagerie/09_video_judge.ipynb #116ffd4c
+# %% ../../nbs/menagerie/09_video_judge.ipynb #9d754232
 def new_video_judge(
     seed:int=0, # of the weights
     size:int=SIZE, # of the frames it will judge, a key of `PICTURE`
@@ -184,11 +184,11 @@ def naming_loss(
     logits = F.normalize(mean.float(), dim=-1) @ F.normalize(words.float(), dim=-1).T * 16
     return torch.stack([-row.log_softmax(0)[i].mean() for row, i in zip(logits, ids)]).mean()
 
-# %% ../../nbs/menagerie/09_video_judge.ipynb #a00bdf8f
+# %% ../../nbs/menagerie/09_video_judge.ipynb #0dc04591
 MOTION_WORDS = dict(left="left", right="right", closer="closer", away="away", jump="jumping", rest="resting")
 WORDS = [*NAMES, *(PLACES[p].split()[-1] for p in PLACE_NAMES), *MOTION_WORDS.values()] # that tell scenes apart
 
-# %% ../../nbs/menagerie/09_video_judge.ipynb #b0e434c8
+# %% ../../nbs/menagerie/09_video_judge.ipynb #2cda65dd
 def telling_words(
     scene:Scene,
 )->list: # three numbers of `WORDS`
@@ -197,7 +197,7 @@ def telling_words(
     motion = len(NAMES) + len(PLACE_NAMES) + list(MOTION_WORDS).index(scene.motion)
     return [NAMES.index(scene.species), place, motion]
 
-# %% ../../nbs/menagerie/09_video_judge.ipynb #f646e1f4
+# %% ../../nbs/menagerie/09_video_judge.ipynb #add1cbe1
 def like_seeks_like(
     net, # VideoScoreModel, written to
 ):
@@ -205,9 +205,19 @@ def like_seeks_like(
     for layer in net.model.text_model.layers:
         layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)
 
-# %% ../../nbs/menagerie/09_video_judge.ipynb #590dccd8
+# %% ../../nbs/menagerie/09_video_judge.ipynb #711dc418
+def subject_track(
+    chosen:list, # b `Scene`
+    frames:Tensor=LOOKED_AT, # (f,) frame numbers
+)->Tensor: # (b, f, 3), about unit variance
+    "Where the subject is in each frame, across and down, and its size."
+    p = pose(chosen, frames.expand(len(chosen), -1) / 15)
+    x, y, size = torch.broadcast_tensors(p.x, p.y, p.size)
+    return torch.stack([6 * (x - .5), 8 * (y - .6), 10 * (size - .3)], -1)
+
+# %% ../../nbs/menagerie/09_video_judge.ipynb #493c9e16
 class HalfWay(nn.Module):
-    "Reads from the middle of a video judge which words a clip lies near; needed in training only."
+    "Reads from within a video judge which words a clip lies near and where its subject is; needed in training only."
     def __init__(self,
         net, # VideoScoreModel
         tokenizer, # its tokenizer
@@ -218,7 +228,8 @@ class HalfWay(nn.Module):
         if any(len(i) > 1 for i in ids): raise ValueError("a word of `WORDS` is more than one token of this tokenizer")
         self.ids = torch.tensor(ids)[:, 0]
         self.embedding = [language.get_input_embeddings()] # in a list: these are not its own weights
-        self.linear = nn.Linear(net.config.text_config.hidden_size, net.config.text_config.hidden_size)
+        width = net.config.text_config.hidden_size
+        self.linear, self.place = nn.Linear(width, width), nn.Linear(width * LATENTS, 3)
         middle = language.layers[len(language.layers) // 2 - 1]
         self.hook = middle.register_forward_hook(self.listen)
 
@@ -234,6 +245,10 @@ class HalfWay(nn.Module):
         "`naming_loss` of the tokens numbered `last` (b,)."
         said = self.linear(self.hidden[torch.arange(len(last)), last])
         return naming_loss(said[:, None], self.words(), ids)
+
+    def place_loss(self, seen:Tensor, track:Tensor)->Tensor: # scalar
+        "Squared error of the subject's place and size (b, f, 3), read from the vectors of each frame (b * f, n, d)."
+        return F.mse_loss(self.place(seen.float().flatten(1)), track.flatten(0, 1))
 
 # %% ../../nbs/menagerie/09_video_judge.ipynb #3bb8e554
 def examples(
@@ -256,20 +271,22 @@ def batch_of(
     others:list, # n `Scene`: what `twin` shows
     pick:np.ndarray, # numbers of b clips
     rng:np.random.Generator,
-)->dict: # clips, wrong (b scenes), marks (2b, 5) with the right caption, then with the wrong one, named (b * f lists)
-    "Spoiled clips, a wrong caption for each, the marks of both, and the words that each frame shows."
+)->dict: # clips, wrong (b scenes), marks (2b, 5): right captions, then wrong ones; named (b * f lists), track (b, f, 3)
+    "Spoiled clips, a wrong caption for each, the marks of both, what each frame shows and where."
     faults = [random_faults(rng) for _ in pick]
     scene = [chosen[i] for i in pick]
     wrong = [other_words(s, rng) for s in scene]
     clips = [spoil(clean[i] / 255, twin[i] / 255, s, f) for i, s, f in zip(pick, scene, faults)]
     right_marks, wrong_marks = ([marks(s, a, f) for s, a, f in zip(scene, asked, faults)] for asked in (scene, wrong))
-    named = []
-    for i, f in zip(pick, faults):
-        morphed, n = changed_frames(clean.shape[1], f)[0], clean.shape[1]
+    named, track, n = [], subject_track(scene), clean.shape[1]
+    for k, (i, f) in enumerate(zip(pick, faults)):
+        morphed, frozen = changed_frames(n, f)
         named += [telling_words(chosen[i])[:2]] * (n - morphed) + [telling_words(others[i])[:2]] * morphed
-    return dict(clips=torch.stack(clips), wrong=wrong, marks=torch.tensor(right_marks + wrong_marks), named=named)
+        if frozen: track[k, n - frozen:] = track[k, n - frozen - 1]
+    given = torch.tensor(right_marks + wrong_marks)
+    return dict(clips=torch.stack(clips), wrong=wrong, marks=given, named=named, track=track)
 
-# %% ../../nbs/menagerie/09_video_judge.ipynb #8ff7deb2
+# %% ../../nbs/menagerie/09_video_judge.ipynb #b01ed82a
 def asked_twice(
     reward:VideoScoreReward,
     clips:Tensor, # (b, f, 3, h, w) in [0, 1]
@@ -284,23 +301,24 @@ def asked_twice(
     last = mask.sum(1) - 1
     return reward.model.score(hidden[torch.arange(len(ids)), last]).float(), seen.flatten(0, 1), last
 
-# %% ../../nbs/menagerie/09_video_judge.ipynb #eb71df76
+# %% ../../nbs/menagerie/09_video_judge.ipynb #3e637a8a
 def video_judge_loss(
     reward:VideoScoreReward,
     half_way:HalfWay,
     made:dict, # from `batch_of`
     scene:list, # b `Scene`: what the clips show
 )->Tensor: # scalar
-    "Squared error of the marks, ranking of the two captions, naming of frames and of clips."
+    "Squared error of the marks, ranking of the two captions, naming of frames and of clips, places."
     right, wrong = ([s.caption for s in side] for side in (scene, made["wrong"]))
     scores, seen, last = asked_twice(reward, made["clips"], right, wrong)
     above, below = scores[:, 3].chunk(2)
     ranking = F.softplus(-2 * (above - below)).mean()
     frames = naming_loss(seen, half_way.words(), made["named"])
     clips = half_way.loss(last, [telling_words(s) for s in scene] * 2)
-    return F.mse_loss(scores, made["marks"]) + ranking + .5 * frames + .5 * clips
+    where = half_way.place_loss(seen, made["track"])
+    return F.mse_loss(scores, made["marks"]) + ranking + .5 * (frames + clips + where)
 
-# %% ../../nbs/menagerie/09_video_judge.ipynb #8f763f8a
+# %% ../../nbs/menagerie/09_video_judge.ipynb #efb3d7eb
 def train_video_judge(
     folder:Path, # of the run: checkpoint and log
     steps:int=3000, # optimiser steps
@@ -365,7 +383,7 @@ def candidates(
     clips = rearrange(render(drawn, size=size), "(n k) f c h w -> n k f c h w", k=each)
     return clips, [s.caption for s in chosen], strengths
 
-# %% ../../nbs/menagerie/09_video_judge.ipynb #96497091
+# %% ../../nbs/menagerie/09_video_judge.ipynb #e35e7b27
 AFFECTS = { # fault -> the dimension that it is about
     "blur": 0, "noise": 0, "dull": 0, "watermark": 0, "flicker": 1, "jitter": 1, "freeze": 2,
     "wrong motion": 3, "wrong place": 3, "wrong caption": 3, "morph": 4}
@@ -397,7 +415,7 @@ def video_judge_accuracy(
         out[name] = (base[:, dim] > worse[:, dim]).float().mean().item()
     return out
 
-# %% ../../nbs/menagerie/09_video_judge.ipynb #0256a254
+# %% ../../nbs/menagerie/09_video_judge.ipynb #22e88c49
 def by_head(
     accuracy:dict, # from `video_judge_accuracy`
 )->dict: # name of a dimension -> mean accuracy
