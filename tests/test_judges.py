@@ -145,7 +145,7 @@ def test_naming_loss_is_least_for_the_right_words():
 def test_a_clip_asked_about_twice_scores_as_if_asked_alone():
     from instructvideo_kit.menagerie.video_judge import asked_twice
     reward, _ = new_video_judge(3)
-    clips, wrong = torch.rand(2, 8, 3, 64, 64), Scene("owl", "closer", "night").caption
+    clips, wrong = torch.rand(2, 8, 3, 64, 64), Scene("wolf", "closer", "night").caption
     with torch.no_grad():
         both, seen, last = asked_twice(reward, clips, [FOX.caption] * 2, [wrong] * 2)
         alone = torch.cat([reward(clips, [FOX.caption] * 2), reward(clips, [wrong] * 2)])

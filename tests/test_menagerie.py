@@ -152,12 +152,14 @@ def test_a_chimera_is_half_of_each_and_elsewhere_the_place(scene, seed):
     assert .25 < share < .75
 
 
-def test_a_bend_moves_no_pixel_further_than_its_reach():
+def test_a_bend_is_as_large_as_asked_and_never_three_times_that():
     from instructvideo_kit.menagerie.oracle import bent
-    across = torch.linspace(0, 1, 64).expand(1, 1, 3, 64, 64).clone() # a pixel's value says its column
-    for reach in (1., 2., 8.):
-        away = (bent(across, torch.tensor([reach]), torch.Generator().manual_seed(3)) - across).abs() * 63
-        assert .2 * reach < away.max() <= reach + .01
+    across = torch.linspace(0, 1, 64).expand(8, 1, 3, 64, 64).clone() # a pixel's value says its column
+    for reach in (.7, 2., 4.):
+        moved = bent(across, torch.full((8,), reach), torch.Generator().manual_seed(3))
+        away = (moved - across)[..., 0, :, 14:-14] * 63 # far from the edges, where nothing is cut off
+        assert away.abs().max() <= 3 * reach + .01
+        assert .6 * reach < (2 * away.square().mean()).sqrt() < 1.4 * reach # across and down alike
 
 
 def test_a_sprite_is_whole_again_even_after_an_error():

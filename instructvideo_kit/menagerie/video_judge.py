@@ -321,13 +321,13 @@ def video_judge_loss(
 # %% ../../nbs/menagerie/09_video_judge.ipynb #efb3d7eb
 def train_video_judge(
     folder:Path, # of the run: checkpoint and log
-    steps:int=3000, # optimiser steps
+    steps:int=5000, # optimiser steps
     n_clips:int=2400, # rendered once, each with its twin
     batch:int=20, # clips a step
     seed:int=0, # of scenes and weights
     eyes:str="menagerie", # image judge whose vision tower it starts from; the size of its frames is the size here
 )->tuple: # VideoScoreReward and its tokenizer
-    "Train the video judge on *train* captions (resumable; about 2 hours of one core)."
+    "Train the video judge on *train* captions (resumable; about 90 minutes of one core)."
     judge = ClipReward.from_pretrained(eyes)
     size = frame_size(judge.model.config)
     reward, tokenizer = new_video_judge(seed, size)
