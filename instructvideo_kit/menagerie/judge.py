@@ -35,7 +35,7 @@ PICTURE = {32: (36, 6), 64: (70, 10)} # side of a frame -> side of the judge's p
 def new_judge(
     seed:int=0, # of the weights
     size:int=SIZE, # of the frames it will judge, a key of `PICTURE`
-)->tuple: # CLIPModel, CLIPTokenizer
+)->"tuple[CLIPModel, CLIPTokenizer]":
     "A small CLIPModel with fresh weights, and its tokenizer; ValueError for another size."
     from transformers import CLIPConfig, CLIPModel
     if size not in PICTURE: raise ValueError(f"size is {size}; expected one of {', '.join(map(str, PICTURE))}")
@@ -52,7 +52,7 @@ def new_judge(
 
 # %% ../../nbs/menagerie/07_judge.ipynb #00d677c0
 def frame_size(
-    config, # CLIPConfig or Idefics2Config of a judge of the menagerie
+    config:"CLIPConfig", # or Idefics2Config, of a judge of the menagerie
 )->int: # pixels
     "Side of the frames a judge was trained on, read from the side of its picture; KitError for any other judge."
     side = config.vision_config.image_size
@@ -112,7 +112,7 @@ def moved(
 
 # %% ../../nbs/menagerie/07_judge.ipynb #e1c7cfd5
 def features(
-    model, # CLIPModel
+    model:"CLIPModel",
     ids:Tensor, # token ids (m, n)
     frames:Tensor, # (n, 3, h, w) in [0, 1]
 )->tuple: # image (n, d), text (m, d), each of length 1
@@ -146,7 +146,7 @@ def train_judge(
     batch:int=48, # pairs a step
     seed:int=0, # of scenes and weights
     size:int=SIZE, # of the frames, a key of `PICTURE`
-)->tuple: # CLIPModel, CLIPTokenizer
+)->"tuple[CLIPModel, CLIPTokenizer]":
     "Train the judge on pairs of *train* captions (resumable; about 30 minutes of one core)."
     model, tokenizer = new_judge(seed, size)
     clean, faulty, said, wrong = pairs("train", n_pairs, seed=500 + seed, size=size)
@@ -164,8 +164,8 @@ def train_judge(
 
 # %% ../../nbs/menagerie/07_judge.ipynb #8c8aa093
 def save_judge(
-    model, # CLIPModel; its weights become half precision
-    tokenizer, # its CLIPTokenizer
+    model:"CLIPModel", # its weights become half precision
+    tokenizer:"CLIPTokenizer", # its tokenizer
     folder:Path, # written to
 ):
     "Write the judge as a transformers directory that `ClipReward.from_pretrained` opens."
@@ -177,7 +177,7 @@ def save_judge(
 # %% ../../nbs/menagerie/07_judge.ipynb #e6d1cbb2
 @torch.no_grad()
 def judge_accuracy(
-    reward, # ClipReward of the menagerie
+    reward:"ClipReward", # of the menagerie
     n:int=256, # pairs of each kind
     seed:int=77, # of scenes and frames
     split:str="evaluation", # captions

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'SEEN', 'UNTOLD', 'KINDS', 'NAMELESS', 'OTHERS', 'OLD', 'parse', 'OracleNet', 'labels', 'smooth_field',
-           'chimeras', 'weighted_quantile', 'bent', 'very_soft', 'some_parts', 'drawn_with', 'other_version',
-           'Examples', 'blurred', 'disturb', 'train_oracle', 'sharpness', 'blurriness', 'saturation', 'place_colour',
-           'dullness', 'flicker', 'watermark_match', 'auc', 'Oracle', 'agreement', 'with_people', 'strictness']
+           'chimeras', 'bent', 'very_soft', 'some_parts', 'drawn_with', 'other_version', 'Examples', 'blurred',
+           'disturb', 'train_oracle', 'sharpness', 'blurriness', 'saturation', 'place_colour', 'dullness', 'flicker',
+           'watermark_match', 'auc', 'Oracle', 'agreement', 'with_people', 'strictness']
 
 # %% ../../nbs/menagerie/06_oracle.ipynb #812d9c9d
 import json
@@ -108,12 +108,12 @@ def chimeras(
     n, field = len(a), smooth_field(len(a), 1, a.shape[-1], 4, g)[:, None]
     differs = (a - b).abs().mean(2, keepdim=True)
     share = .35 + .3 * torch.rand(n, 1, 1, generator=g)
-    level = weighted_quantile(field.flatten(2).expand(-1, a.shape[1], -1), differs.flatten(2), share)
+    level = _weighted_quantile(field.flatten(2).expand(-1, a.shape[1], -1), differs.flatten(2), share)
     steep = 2 ** (1 + 3 * torch.rand(n, 1, 1, 1, 1, generator=g))
     mask = torch.sigmoid(steep * (field - level[..., None, None]))
     return a + mask * (b - a)
 
-def weighted_quantile(values, weights, share):
+def _weighted_quantile(values, weights, share):
     "The value (..., 1) below which `share` of the weight lies; values and weights (..., n)."
     values, order = values.sort(-1)
     below = weights.gather(-1, order).cumsum(-1)

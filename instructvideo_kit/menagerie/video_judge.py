@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHAKING', 'LOOKED_AT', 'LATENTS', 'QUESTION', 'MOTION_WORDS', 'WORDS', 'AFFECTS', 'random_faults', 'other_words',
-           'other', 'marks', 'spoil', 'changed_frames', 'twins', 'judge_tokenizer', 'judge_config', 'new_video_judge',
-           'borrow_eyes', 'naming_loss', 'telling_words', 'like_seeks_like', 'subject_track', 'HalfWay', 'examples',
-           'batch_of', 'asked_twice', 'video_judge_loss', 'train_video_judge', 'save_video_judge', 'candidates',
+           'marks', 'spoil', 'twins', 'judge_tokenizer', 'judge_config', 'new_video_judge', 'borrow_eyes',
+           'naming_loss', 'telling_words', 'like_seeks_like', 'subject_track', 'HalfWay', 'examples', 'batch_of',
+           'asked_twice', 'video_judge_loss', 'train_video_judge', 'save_video_judge', 'candidates',
            'video_judge_accuracy', 'by_head']
 
 # %% ../../nbs/menagerie/09_video_judge.ipynb #6b70cf79
@@ -56,9 +56,9 @@ def other_words(
     "A scene that differs from `scene` in what its caption says: in the species, the place or the motion."
     known = dict(species=NAMES, place=PLACE_NAMES, motion=list(MOTIONS))
     field = str(rng.choice(fields))
-    return replace(scene, **{field: other(getattr(scene, field), known[field], rng)})
+    return replace(scene, **{field: _other(getattr(scene, field), known[field], rng)})
 
-def other(value, known, rng):
+def _other(value, known, rng):
     "One of `known` that is not `value`."
     return str(rng.choice([k for k in known if k != value]))
 
@@ -86,13 +86,13 @@ def spoil(
 )->Tensor: # (f, 3, h, w) in [0, 1]
     "Splice, freeze and degrade a clip."
     n = len(clip)
-    morphed, frozen = changed_frames(n, faults)
+    morphed, frozen = _changed_frames(n, faults)
     if morphed: clip = torch.cat([clip[:n - morphed], twin[n - morphed:]])
     if frozen: clip = torch.cat([clip[:n - frozen], clip[n - frozen - 1:n - frozen].expand(frozen, -1, -1, -1)])
     rest = tuple((name, s) for name, s in faults.items() if name in VISIBLE + SHAKING)
     return degrade(clip, replace(scene, defects=rest), frames) if rest else clip
 
-def changed_frames(n, faults):
+def _changed_frames(n, faults):
     "How many of n frames, at the end, show the twin, and how many stand still."
     return round(n / 2 * faults.get("morph", 0.)), round((n - 1) * faults.get("freeze", 0.))
 
@@ -102,7 +102,7 @@ def twins(
     rng:np.random.Generator,
 )->list: # of `Scene`
     "Each scene with another species."
-    return [replace(s, species=other(s.species, NAMES, rng)) for s in chosen]
+    return [replace(s, species=_other(s.species, NAMES, rng)) for s in chosen]
 
 # %% ../../nbs/menagerie/09_video_judge.ipynb #b1938d00
 LATENTS, QUESTION = 6, "{text_prompt}" # vectors per frame; what the judge is asked
@@ -116,7 +116,7 @@ def judge_tokenizer()->"CLIPTokenizer":
 
 # %% ../../nbs/menagerie/09_video_judge.ipynb #1459992c
 def judge_config(
-    tokenizer, # from `judge_tokenizer`
+    tokenizer:"CLIPTokenizer", # from `judge_tokenizer`
     size:int=SIZE, # of the frames it will judge, a key of `PICTURE`
 )->"Idefics2Config":
     "A config of about two million weights; its vision tower has the image judge's shape."
@@ -154,8 +154,8 @@ def new_video_judge(
 # %% ../../nbs/menagerie/09_video_judge.ipynb #e6d1cbb2
 @torch.no_grad()
 def borrow_eyes(
-    vision, # Idefics2VisionTransformer, written to
-    clip, # CLIPVisionModel of the same shape, read
+    vision:"Idefics2VisionTransformer", # written to
+    clip:"CLIPVisionModel", # of the same shape, read
     frames:Tensor, # (n, 3, s, s) in [-1, 1], to measure the average deviation of a patch on
 ):
     "Start a vision tower from CLIP's, without its class token; CLIP's first normalisation goes into the embedding."
@@ -199,7 +199,7 @@ def telling_words(
 
 # %% ../../nbs/menagerie/09_video_judge.ipynb #add1cbe1
 def like_seeks_like(
-    net, # VideoScoreModel, written to
+    net:VideoScoreModel, # written to
 ):
     "Let every layer of the language model start with keys that are made as queries are."
     for layer in net.model.text_model.layers:
@@ -219,8 +219,8 @@ def subject_track(
 class HalfWay(nn.Module):
     "Reads from within a video judge which words a clip lies near and where its subject is; needed in training only."
     def __init__(self,
-        net, # VideoScoreModel
-        tokenizer, # its tokenizer
+        net:VideoScoreModel,
+        tokenizer:"CLIPTokenizer", # its tokenizer
     ):
         super().__init__()
         language = net.model.text_model
@@ -280,7 +280,7 @@ def batch_of(
     right_marks, wrong_marks = ([marks(s, a, f) for s, a, f in zip(scene, asked, faults)] for asked in (scene, wrong))
     named, track, n = [], subject_track(scene), clean.shape[1]
     for k, (i, f) in enumerate(zip(pick, faults)):
-        morphed, frozen = changed_frames(n, f)
+        morphed, frozen = _changed_frames(n, f)
         named += [telling_words(chosen[i])[:2]] * (n - morphed) + [telling_words(others[i])[:2]] * morphed
         if frozen: track[k, n - frozen:] = track[k, n - frozen - 1]
     given = torch.tensor(right_marks + wrong_marks)
@@ -321,13 +321,13 @@ def video_judge_loss(
 # %% ../../nbs/menagerie/09_video_judge.ipynb #efb3d7eb
 def train_video_judge(
     folder:Path, # of the run: checkpoint and log
-    steps:int=5000, # optimiser steps
+    steps:int=3000, # optimiser steps
     n_clips:int=2400, # rendered once, each with its twin
     batch:int=20, # clips a step
     seed:int=0, # of scenes and weights
     eyes:str="menagerie", # image judge whose vision tower it starts from; the size of its frames is the size here
 )->tuple: # VideoScoreReward and its tokenizer
-    "Train the video judge on *train* captions (resumable; about 90 minutes of one core)."
+    "Train the video judge on *train* captions (resumable; about 2 hours of one core)."
     judge = ClipReward.from_pretrained(eyes)
     size = frame_size(judge.model.config)
     reward, tokenizer = new_video_judge(seed, size)
@@ -352,7 +352,7 @@ def train_video_judge(
 # %% ../../nbs/menagerie/09_video_judge.ipynb #451cd6c3
 def save_video_judge(
     reward:VideoScoreReward, # its weights become half precision
-    tokenizer, # its tokenizer
+    tokenizer:"CLIPTokenizer", # its tokenizer
     folder:Path, # written to
 ):
     "Write the judge as a folder that `VideoScoreReward.from_pretrained` opens."
@@ -407,7 +407,7 @@ def video_judge_accuracy(
     for name, dim in AFFECTS.items():
         if name in known:
             field, values = known[name]
-            asked = [replace(s, **{field: other(getattr(s, field), values, rng)}) for s in chosen]
+            asked = [replace(s, **{field: _other(getattr(s, field), values, rng)}) for s in chosen]
             worse = reward(clean, [s.caption for s in asked])
         else:
             faulty = lambda c, t, s: spoil(c, t, s, {name: float(rng.uniform(.25, 1))}, torch.arange(16))
