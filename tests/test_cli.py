@@ -174,7 +174,8 @@ def test_menagerie_train(tmp_path, monkeypatch):
     answer = call("menagerie", "train", "--part", "oracle", "--out", tmp_path/"o", "--steps", 3, "--ship")
     assert answer.exit_code == 0, answer.output
     assert asked == {"seed": 0, "steps": 3}
-    assert [p.name for p in (tmp_path/"package/weights/oracle/menagerie").iterdir()] == ["oracle.safetensors"]
+    files = ["kit.json", "oracle.safetensors"]
+    assert sorted(p.name for p in (tmp_path/"package/weights/oracle/menagerie").iterdir()) == files
     # a second time, over the first
     assert call("menagerie", "train", "--part", "oracle", "--out", tmp_path/"o", "--ship").exit_code == 0
     refused(call("menagerie", "train", "--part", "judges", "--out", tmp_path/"o"), '"judge"')

@@ -121,7 +121,7 @@ def test_candidates_are_one_caption_with_strengths_from_0_to_1():
 
 
 def test_eyes_are_borrowed_faithfully():
-    reward, _ = new_video_judge()
+    reward, _ = new_video_judge(size=32) # as the shipped image judge
     clip = ClipReward.from_pretrained("menagerie")
     frames = torch.rand(12, 3, 36, 36, generator=torch.Generator().manual_seed(0))
     ours, theirs = reward.model.model.vision_model, clip.model.vision_model
@@ -140,6 +140,48 @@ def test_naming_loss_is_least_for_the_right_words():
     seen = torch.stack([words[1] + words[2], words[4]])[:, None]
     right, wrong = naming_loss(seen, words, [[1, 2], [4]]), naming_loss(seen, words, [[0, 3], [5]])
     assert right < 1 < wrong
+
+
+def test_a_clip_asked_about_twice_scores_as_if_asked_alone():
+    from instructvideo_kit.menagerie.video_judge import asked_twice
+    reward, _ = new_video_judge(3)
+    clips, wrong = torch.rand(2, 8, 3, 64, 64), Scene("wolf", "closer", "night").caption
+    with torch.no_grad():
+        both, seen, last = asked_twice(reward, clips, [FOX.caption] * 2, [wrong] * 2)
+        alone = torch.cat([reward(clips, [FOX.caption] * 2), reward(clips, [wrong] * 2)])
+    assert (both - alone).abs().max() < 1e-4 and len(seen) == 16 and len(last) == 4
+    assert (both[:2] - both[2:]).abs().min() > 0, "the caption reaches the scores"
+
+
+def test_each_frame_is_named_by_what_it_shows():
+    from instructvideo_kit.menagerie.video_judge import WORDS, batch_of, examples, random_faults
+    clean, twin, chosen, others = examples("train", 6, 3, 32)
+    for seed in range(20):
+        made = batch_of(clean, twin, chosen, others, np.arange(6), np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        for i, faults in enumerate([random_faults(rng) for _ in range(6)]):
+            names = [WORDS[made["named"][i * 8 + f][0]] for f in range(8)]
+            late = round(4 * faults.get("morph", 0.))
+            assert names == [chosen[i].species] * (8 - late) + [others[i].species] * late
+        assert all((a.species, a.place, a.motion) != (s.species, s.place, s.motion) for a, s in zip(made["wrong"], chosen))
+
+
+def test_the_ranking_loss_pulls_the_marks_of_two_captions_apart():
+    from instructvideo_kit.menagerie.video_judge import HalfWay, asked_twice, batch_of, examples, video_judge_loss
+    reward, tokenizer = new_video_judge(1, 32)
+    half_way, (clean, twin, chosen, others) = HalfWay(reward.model, tokenizer), examples("train", 4, 3, 32)
+    made = batch_of(clean, twin, chosen, others, np.arange(4), np.random.default_rng(0))
+    right, wrong = ([s.caption for s in side] for side in (chosen, made["wrong"]))
+    def apart():
+        with torch.no_grad(): above, below = asked_twice(reward, made["clips"], right, wrong)[0][:, 3].chunk(2)
+        return (above - below).mean().item()
+    before, optimiser = apart(), torch.optim.AdamW(reward.model.parameters(), lr=1e-3)
+    for _ in range(12):
+        optimiser.zero_grad()
+        video_judge_loss(reward, half_way, made, chosen).backward()
+        optimiser.step()
+    assert apart() > before + .3
+    half_way.hook.remove()
 
 
 def test_the_shipped_video_judge_knows_a_steady_clip(video_judge):

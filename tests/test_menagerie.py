@@ -214,21 +214,119 @@ def test_exported_clips_are_read_back(tmp_path):
 
 def test_the_oracle_reads_renders_of_unseen_captions():
     oracle, test = Oracle.from_pretrained(), scenes("evaluation", 96, seed=3, clean=True)
-    figures = oracle(render(test), [s.caption for s in test])
+    figures = oracle(render(test, size=oracle.size), [s.caption for s in test])
     assert figures["species"].mean() > .85 and figures["place"].mean() > .97 and figures["direction"].nanmean() > .9
-    shuffled = oracle(render(test), [s.caption for s in test[1:] + test[:1]])
+    shuffled = oracle(render(test, size=oracle.size), [s.caption for s in test[1:] + test[:1]])
     assert shuffled["species"].mean() < .2, "an oracle that says right to everything is none"
 
 
 def test_the_oracle_opposes_directions():
     oracle = Oracle.from_pretrained()
     left = [Scene(s, "left", "meadow", i) for i, s in enumerate(NAMES[:24])]
+    clips = render(left, size=oracle.size)
     wrong = [replace(s, motion="right").caption for s in left]
-    assert oracle(render(left), [s.caption for s in left])["direction"].mean() > .85
-    assert oracle(render(left), wrong)["direction"].mean() < .1
-    assert (
-        oracle(render(left).flip(1), [s.caption for s in left])["direction"].mean() < 0.7
-    ), "played backwards, a clip no longer goes left"
+    assert oracle(clips, [s.caption for s in left])["direction"].mean() > .85
+    assert oracle(clips, wrong)["direction"].mean() < .1
+    assert oracle(clips.flip(1), [s.caption for s in left])["direction"].mean() < .7, "played backwards, a clip no longer goes left"
+
+
+class Unsure(torch.nn.Module):
+    "Says the first species with a probability a little below one half, and the second a little less."
+    config = dict(size=64, species=58, width=8)
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def forward(self, clip):
+        rest = (1 - self.share) / 57
+        p = torch.full((len(clip), 58), rest)
+        p[:, 0] = self.share
+        return p.log(), torch.zeros(len(clip), 6), torch.zeros(len(clip), 6)
+
+
+@pytest.mark.parametrize("share, right", [(.49, 0.), (.51, 1.)])
+def test_a_species_counts_from_one_half_on(share, right):
+    scene = Scene(NAMES[0], "left", "meadow")
+    figures = Oracle(Unsure(share))(torch.rand(2, 16, 3, 64, 64), [scene.caption] * 2)
+    assert figures["species"].tolist() == [right] * 2
+
+
+def test_old_weights_say_the_likeliest_species_as_they_always_did():
+    net = Unsure(.2)
+    net.config = net.config | {"species": 57}
+    assert Oracle(net).read(torch.rand(1, 16, 3, 64, 64))[0, 0] == 0
+    assert Oracle.from_pretrained().size == 32 and not Oracle.from_pretrained().strict, "shipped until the new policy is good"
+
+
+def test_an_oracle_refuses_clips_of_another_size_and_a_kit_of_another_net(tmp_path):
+    from instructvideo_kit.files import KitError
+    from instructvideo_kit.menagerie.oracle import OracleNet
+    oracle = Oracle(OracleNet(32))
+    with pytest.raises(ValueError, match=r"\(16, 3, 64, 64\).*\(16, 3, 32, 32\)"): oracle.read(torch.rand(1, 16, 3, 64, 64))
+    with pytest.raises(ValueError, match="8, 16, 32, 64"): OracleNet(60)
+    oracle.save_pretrained(tmp_path)
+    (tmp_path / "kit.json").write_text('{"size": 64, "species": 58, "width": 40}')
+    with pytest.raises(KitError, match="do not fit its kit.json"): Oracle.from_pretrained(tmp_path)
+
+
+@few
+@given(a_scene, st.integers(0, 2 ** 31 - 1))
+def test_a_chimera_is_half_of_each_and_elsewhere_the_place(scene, seed):
+    from instructvideo_kit.menagerie.oracle import chimeras
+    other, frames = NAMES[(NAMES.index(scene.species) + 9) % len(NAMES)], torch.tensor([[0, 8]])
+    a, b = (render([replace(scene, species=s)], frames) for s in (scene.species, other))
+    mixed = chimeras(a, b, torch.Generator().manual_seed(seed))
+    low, high = torch.minimum(a, b), torch.maximum(a, b)
+    assert (mixed >= low - 1e-5).all() and (mixed <= high + 1e-5).all()
+    share = (mixed - a).abs().sum() / (b - a).abs().sum()
+    assert .25 < share < .75
+
+
+def test_a_bend_is_as_large_as_asked_and_never_three_times_that():
+    from instructvideo_kit.menagerie.oracle import bent
+    across = torch.linspace(0, 1, 64).expand(8, 1, 3, 64, 64).clone() # a pixel's value says its column
+    for reach in (.7, 2., 4.):
+        moved = bent(across, torch.full((8,), reach), torch.Generator().manual_seed(3))
+        away = (moved - across)[..., 0, :, 14:-14] * 63 # far from the edges, where nothing is cut off
+        assert away.abs().max() <= 3 * reach + .01
+        assert .6 * reach < (2 * away.square().mean()).sqrt() < 1.4 * reach # across and down alike
+
+
+def test_a_sprite_is_whole_again_even_after_an_error():
+    from instructvideo_kit.menagerie.oracle import drawn_with, some_parts
+    import numpy as np
+    fox = [Scene("fox", "left", "meadow", 1)]
+    before, mask = render(fox), some_parts("fox", .3, np.random.default_rng(0))
+    with pytest.raises(KeyError):
+        with drawn_with("fox", mask):
+            assert not torch.equal(render(fox), before)
+            raise KeyError
+    assert torch.equal(render(fox), before)
+
+
+def test_spoiled_kinds_have_no_name_and_whole_ones_keep_theirs():
+    from instructvideo_kit.menagerie.oracle import KINDS, NAMELESS, NOTHING, OTHERS, UNTOLD, Examples
+    pool = Examples("train", 16, 5, 32)
+    for kind in KINDS:
+        clips, targets = pool.make(kind, 12, torch.Generator().manual_seed(1))
+        assert clips.shape == (12, 8, 3, 32, 32) and -1e-5 <= clips.min() and clips.max() <= 1 + 1e-5
+        assert ((targets[:, 0] == NOTHING) == (kind in NAMELESS)).all() and (targets[:, 1] < 6).all()
+        assert ((targets[:, 2] == UNTOLD) == (kind in NAMELESS and kind != "chimera")).all()
+        own = [k for k, name in enumerate(OTHERS) if name == kind]
+        assert not own or set((pool.pick(kind, 99, torch.Generator().manual_seed(2)) % 4).tolist()) == set(own)
+    again = Examples("train", 16, 5, 32)
+    assert torch.equal(again.clips, pool.clips) and torch.equal(again.others, pool.others), "a resumed run sees the same pool"
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_readings_tell_their_defect_from_clean_clips_of_other_scenes(size):
+    from instructvideo_kit.menagerie.oracle import auc, blurriness, dullness, watermark_match
+    plain, two = scenes("evaluation", 60, seed=31, clean=True), torch.tensor([[2, 11]]).expand(60, -1)
+    clean = render(plain, two, size=size)
+    readings = dict(blur=blurriness, watermark=watermark_match, dull=lambda c: dullness(c, [s.place for s in plain]))
+    for name, reading in readings.items():
+        faulty = render([replace(s, defects=((name, .6),)) for s in plain], two, size=size)
+        assert auc(reading(clean), reading(faulty)) > .97, name
 
 
 def test_the_judge_prefers_what_is_better():
@@ -236,6 +334,30 @@ def test_the_judge_prefers_what_is_better():
     from instructvideo_kit.reward.clip import ClipReward
     accuracy = judge_accuracy(ClipReward.from_pretrained("menagerie"), n=96, seed=5)
     assert accuracy["wrong caption"] > .85 and all(v > .8 for v in accuracy.values()), accuracy
+
+
+@few
+@given(st.integers(-3, 3), st.integers(-3, 3), st.integers(0, 99))
+def test_two_half_shifts_and_a_whole_one(right, down, seed):
+    from instructvideo_kit.menagerie.judge import moved
+    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    whole = moved(x, torch.tensor([[right, down]]).float())
+    inside = slice(3, -3)
+    assert (whole - torch.roll(x, (down, right), (2, 3)))[..., inside, inside].abs().max() < 1e-5
+    between = moved(x, torch.tensor([[right + .5, down]]))
+    want = (whole + moved(x, torch.tensor([[right + 1., down]]))) / 2
+    assert (between - want)[..., inside, inside].abs().max() < 1e-5
+
+
+def test_the_judge_of_64_pixels_is_saved_with_its_sizes_and_read_back(tmp_path):
+    import json
+    from instructvideo_kit.menagerie.judge import PICTURE, frame_size, judge_accuracy, new_judge, save_judge
+    from instructvideo_kit.reward.clip import ClipReward
+    save_judge(*new_judge(size=64), tmp_path)
+    judge = ClipReward.from_pretrained(tmp_path)
+    assert json.loads((tmp_path / "kit.json").read_text())["frame_size"] == frame_size(judge.model.config) == 64
+    assert (judge.size, judge.model.config.vision_config.patch_size) == PICTURE[64]
+    assert set(judge_accuracy(judge, n=4)) == {"blur", "noise", "dull", "watermark", "wrong caption"}
 
 
 def test_a_half_written_checkpoint_is_not_loaded(tmp_path):
