@@ -21,7 +21,7 @@ from ..files import KitError, near
 from .curves import AXES, difference_at_equal, gain_at_equal
 from .data import meaning, need_metric, read_yaml, record
 from .metrics import (
-    detectable, frechet_distance, paired_bootstrap, seed_bootstrap, seed_error, stretched)
+    detectable, frechet_distance, paired_bootstrap, seed_bootstrap, seed_error, stretched, two_way_error)
 from .results import Results, curve_of_seed
 from .runs import Point, all_runs, steps_of, trains
 from ..menagerie.captions import GROUPS
@@ -373,9 +373,8 @@ def _nearness(contrast, results, seeds, rule, n=200): # less minus more: nearer 
     for captions in rng.integers(0, len(real), (n, len(real))):
         draws.append([gain(i, captions) for i in range(len(seeds))])
     draws = np.array(draws)
-    of_seeds, of_captions = np.var(list(own.values()), ddof=1)/len(seeds), draws.mean(1).var(ddof=1)
-    spread = of_seeds**2/(len(seeds) - 1) + of_captions**2/(len(real) - 1)
-    error, df = float(np.sqrt(of_seeds + of_captions)), float((of_seeds + of_captions)**2/spread)
+    of_seeds = np.var(list(own.values()), ddof=1)/len(seeds)
+    error, df = two_way_error(of_seeds, len(seeds), draws.mean(1).var(ddof=1), len(real))
     mixed = np.take_along_axis(draws, rng.integers(0, len(seeds), draws.shape), 1).mean(1)
     _, low, high = stretched(mean, mixed + mean - mixed.mean(), error, df, rule.level)
     sees = detectable(error, df, rule.level, rule.power)
