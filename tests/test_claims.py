@@ -23,7 +23,7 @@ TUNED = {run.name for run in all_runs() if trains(run)}
 
 
 class MadeUp:
-    "Results whose metrics have a level per run and step, and noise that captions, tuning seeds and points share or not."
+    "Results whose metrics have a level per run and step, and noise that captions, seeds and points share or not."
     def __init__(self, levels, seeds=range(5), spread=.02, seed_spread=.02):
         self.levels, self.seeds, self.spread, self.seed_spread = levels, list(seeds), spread, seed_spread
         self.tuned, self.known = TUNED, {}
@@ -39,15 +39,16 @@ class MadeUp:
     def steps(self, name, n_ddim=10): return steps_of(name, n_ddim)
 
     def luck(self, point, seed):
-        "Of one tuning seed: rises from -1.5 to 1.5 over the seeds in an order of the point's own, so that it adds up to 0."
+        "Of one tuning seed: from -1.5 to 1.5 over the seeds in an order of the point's own, so that it adds up to 0."
         order = point.permutation(len(self.seeds))
         return 3*order[self.seeds.index(seed)]/max(len(self.seeds) - 1, 1) - 1.5
 
     def result(self, run, step, n_ddim, seed):
         point = np.random.default_rng([*run.encode(), step, n_ddim])
         rng = np.random.default_rng([*run.encode(), step, n_ddim, seed])
-        shared = np.random.default_rng(1).normal(0, .3, len(CAPTIONS)) # captions differ a lot: pairing has to take that away
-        own = self.seed_spread*self.luck(point, seed) if run in TUNED else 0. # and so do tuning seeds, a little
+        # captions differ a lot: pairing has to take that away
+        shared = np.random.default_rng(1).normal(0, .3, len(CAPTIONS))
+        own = self.seed_spread*self.luck(point, seed) if run in TUNED else 0.
         rows = [dict(prompt=p, group=g, seed=0, reward=step/1000) for p, g in CAPTIONS]
         for (name, at, d, metric), level in self.levels.items():
             if (name, d) == (run, n_ddim) and at in (step, "any"):
@@ -178,7 +179,7 @@ def test_a_margin_is_what_has_to_be_exceeded():
 
 def test_missing_results_are_not_run(tmp_path):
     verdict = decide(CLAIMS[0], Results(tmp_path), tmp_path)
-    assert verdict.word == NOT_RUN and "iv@best" in verdict.why and "draft@best" in verdict.why and "base@0" in verdict.why
+    assert verdict.word == NOT_RUN and all(point in verdict.why for point in ("iv@best", "draft@best", "base@0"))
     filed = next(c for c in RULED if isinstance(c.contrasts[0], Filed))
     assert decide(filed, Results(tmp_path), tmp_path).word == NOT_RUN
 
@@ -210,7 +211,8 @@ def test_a_result_made_in_another_number_format_is_no_other_result(tmp_path):
 def test_unknown_claim_names_the_near_ones():
     with pytest.raises(KitError, match="iv-fig5c-low"):
         claims.pick_claims("iv-fig5c-lo")
-    assert {c.paper for c in claims.pick_claims("ov")} == {"OnlineVPO"} and len(claims.pick_claims("all")) == len(CLAIMS)
+    assert {c.paper for c in claims.pick_claims("ov")} == {"OnlineVPO"}
+    assert len(claims.pick_claims("all")) == len(CLAIMS)
 
 
 @pytest.mark.parametrize("claim", RULED, ids=lambda c: c.id)
@@ -223,10 +225,12 @@ def test_the_runs_of_a_claim_are_all_it_needs(claim, tmp_path):
             assert all((point.run, step, point.n_ddim) in known for step in steps), point
 
 
-@pytest.mark.parametrize("slip, says", [({"sentense": "x"}, 'did you mean "sentence"'), ({"needs": "GPUs"}, "contrasts and needs GPUs"),
-                                        ({"contrasts": ["iv"]}, "unknown field"), ({"contrasts": [{"what": "x"}]}, "more is missing")])
+@pytest.mark.parametrize("slip, says", [
+    ({"sentense": "x"}, 'did you mean "sentence"'), ({"needs": "GPUs"}, "contrasts and needs GPUs"),
+    ({"contrasts": ["iv"]}, "unknown field"), ({"contrasts": [{"what": "x"}]}, "more is missing")])
 def test_a_slip_in_a_claim_is_one_clear_line(slip, says):
-    good = {"id": "x-1", "where": "", "sentence": "", "numbers": "", "contrasts": [{"what": "x", "more": "iv@40", "less": "base@0"}]}
+    contrast = {"what": "x", "more": "iv@40", "less": "base@0"}
+    good = {"id": "x-1", "where": "", "sentence": "", "numbers": "", "contrasts": [contrast]}
     rule = {"statistic": "", "holds": "", "refuted": "", "undecided": ""}
     assert len(claims.read_claims({"rule": rule, "P": [good]})[1]) == 1
     with pytest.raises(KitError, match=says) as error:
@@ -283,10 +287,11 @@ def test_points_of_equal_compute():
     assert not trains(named["base"]) and Split().cost == 2*32*10
 
 
-# Every run's algorithm is handed what `tune_run` would hand it: its own config from its own preset and settings, clips or captions,
-# the image or the video reward. So this still fails when an algorithm's data, config fields or call change under the scoreboard, when
-# a run asks a reward for more than it has (ReFL's margin, a dimension), or when a run's settings no longer load. What it leaves out is
-# size: the policy has 8 frames of 16 pixels, the video reward is a stand-in of two colours, and two steps of the chain are drawn.
+# Every run's algorithm is handed what `tune_run` would hand it: its own config from its own preset and settings, clips
+# or captions, the image or the video reward. So this still fails when an algorithm's data, config fields or call change
+# under the scoreboard, when a run asks the video reward for what it has not (a dimension, a value per frame), or when a
+# run's settings no longer load. What it leaves out is size: the policy has 8 frames of 16 pixels, the video reward is a
+# stand-in without weights, four DDIM steps, one step of the optimiser. nbs/measure/10_execute tests measuring a point.
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
@@ -296,9 +301,12 @@ def small(tmp_path_factory):
 
 class VideoStandIn:
     "The video reward's face: dims, score, and a value per frame."
-    dims = ("visual_quality", "temporal_consistency", "dynamic_degree", "text_to_video_alignment", "factual_consistency")
+    dims = ("visual_quality", "temporal_consistency", "dynamic_degree", "text_to_video_alignment",
+            "factual_consistency")
 
-    def __call__(self, clips, prompts): return self.per_frame(clips, prompts).mean(1)[:, None].expand(-1, len(self.dims))
+    def __call__(self, clips, prompts):
+        return self.per_frame(clips, prompts).mean(1)[:, None].expand(-1, len(self.dims))
+
     def score(self, clips, prompts, dimension): return self(clips, prompts)[:, self.dims.index(dimension)]
     def per_frame(self, frames, prompts): return frames.mean((-1, -2)).diff(dim=-1).abs().mean(-1)
 

@@ -9,6 +9,7 @@ __all__ = ['temporal_flicker', 'paired_bootstrap', 't_quantile', 'two_way_error'
 
 # %% ../../nbs/measure/00_metrics.ipynb #501b240a
 from collections.abc import Callable
+from itertools import product
 from math import sqrt
 from statistics import NormalDist
 
@@ -209,7 +210,7 @@ def flow_magnitude(
 
 def _shifts(reach): # whole-pixel shifts (y, x), the shortest first
     span = range(-reach, reach + 1)
-    return sorted(((y, x) for y in span for x in span), key=lambda s: s[0]**2 + s[1]**2)
+    return sorted(product(span, span), key=lambda s: s[0]**2 + s[1]**2)
 
 # %% ../../nbs/measure/00_metrics.ipynb #5eed0023
 def dynamic_degree(

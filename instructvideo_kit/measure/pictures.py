@@ -102,7 +102,7 @@ def draw_curves(
     for colour, (label, curve) in zip(LINES, curves.items()):
         x = [cost/1000 for cost, _ in curve]
         axes.plot(x, [np.mean(of_seeds) for _, of_seeds in curve], "o-", ms=4, color=colour, label=label)
-        low, high = ([end(of_seeds) for _, of_seeds in curve] for end in (min, max))
+        low, high = [min(of_seeds) for _, of_seeds in curve], [max(of_seeds) for _, of_seeds in curve]
         axes.fill_between(x, low, high, color=colour, alpha=.15, lw=0)
     axes.legend(fontsize=8, frameon=False)
     return figure
@@ -186,7 +186,8 @@ def strips(
             return None
         strip = Image.open(path).convert("RGB")
         pictures.append((label, strip.resize((strip.width*scale, strip.height*scale), Image.NEAREST)))
-    width, height = (max(getattr(p, side) for _, p in pictures) for side in ("width", "height"))
+    width = max(picture.width for _, picture in pictures)
+    height = max(picture.height for _, picture in pictures)
     page = Image.new("RGB", ((width + 10)*len(pictures) - 10, height + 16), "white")
     for i, (label, picture) in enumerate(pictures):
         page.paste(picture, (i*(width + 10), 16))

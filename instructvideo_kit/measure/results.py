@@ -10,6 +10,7 @@ __all__ = ['FORMAT', 'weights_hash', 'training_facts', 'facts_of', 'differences'
 import hashlib, json
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,8 @@ class Result:
         "Write it, one line per video."
         columns = list(self.rows[0])
         head = {k: v for k, v in asdict(self).items() if k != "rows"} | {"columns": columns}
-        lines = [json.dumps([rounded(row[c]) for c in columns]) for row in self.rows]
+        pick = itemgetter(*columns)
+        lines = [json.dumps(list(map(rounded, pick(row)))) for row in self.rows]
         write_atomic(path, json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(lines) + "\n]}\n")
 
     @classmethod
@@ -218,6 +220,9 @@ def curve_of_seed(
     found = [results.at(Point("base"))[0]]
     for step in results.steps(name):
         found += [result for s, result in results.at(Point(name, step)).items() if s == seed]
-    values = [[result.evaluation.values(metric)[key] for key in keys] for result in found]
+    values = []
+    for result in found:
+        of_video = result.evaluation.values(metric)
+        values.append([of_video[key] for key in keys])
     return Curve(np.array([r.compute for r in found]), np.array([r.seconds.get("tuning", 0.) for r in found]),
                  np.array([r.evaluation.means()["reward"] for r in found]), np.array(values))

@@ -222,7 +222,9 @@ def point_of(
         for point in run.points:
             if run.name == name and point[0] == step:
                 return replace(run, seed=seed, points=(point,))
-    known = {f"{run.name}@{s}" for run in all_runs() for s, _ in run.points}
+    known = set()
+    for run in all_runs():
+        known |= {f"{run.name}@{s}" for s, _ in run.points}
     raise KitError(f'no run is measured at "{name}@{step}"; {near(f"{name}@{step}", known)}')
 
 # %% ../../nbs/measure/04_runs.ipynb #9e5a0022
