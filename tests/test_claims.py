@@ -84,8 +84,9 @@ def levels_of(claim, sign=1.):
     "Levels that make every inequality of a claim true (1), false (-1) or without effect (0): steps towards a solution."
     wanted = inequalities(claim)
     level = {node: 0. for signed in wanted for node, _ in signed}
-    if any(getattr(c, "equal", "") for c in claim.contrasts):
-        level |= {("base", 0, 10, metric): 0. for *_, metric in list(level)}
+    for contrast in claim.contrasts:
+        if getattr(contrast, "equal", "") or getattr(contrast, "over_base", ""): # curves begin there
+            level.setdefault(("base", 0, 10, contrast.metric), 0.)
     for _ in range(400):
         for signed in wanted:
             if sum(s*level[node] for node, s in signed) < .4:

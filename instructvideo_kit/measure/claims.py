@@ -515,7 +515,7 @@ def _add(verdict, contrast, results, root, rule): # measure a contrast; why it c
 def _word(verdict, needed): # (word, why) from the measurements
     if verdict.seeds is not None and verdict.seeds < needed:
         few = f"{verdict.seeds} tuning seed{'s'*(verdict.seeds > 1)}, a verdict takes {needed}"
-        return UNDECIDED, few + ": one run cannot tell a method from its luck"
+        return UNDECIDED, few + ": so few cannot tell a method from its luck"
     of = {HOLDS: [], REFUTED: [], UNDECIDED: []}
     for measurement in verdict.measurements:
         of[measurement.verdict].append(measurement)
