@@ -7,7 +7,10 @@ from hypothesis import given, settings, strategies as st
 from instructvideo_kit.files import KitError
 from instructvideo_kit.measure.evaluate import Evaluation, compare, evaluate, judge_videos, prompt_groups, prompt_noise
 from instructvideo_kit.measure import metrics
-from instructvideo_kit.measure.metrics import frechet_distance, paired_bootstrap, rank_metrics, temporal_flicker
+from instructvideo_kit.measure.curves import (
+    Curve, best_checkpoint, difference_at_equal, gain_at_equal, read_at, tuning_reward)
+from instructvideo_kit.measure.metrics import (
+    frechet_distance, paired_bootstrap, rank_metrics, seed_bootstrap, temporal_flicker)
 
 
 def test_flicker_on_hand_made_numbers():
@@ -55,16 +58,114 @@ def test_bootstrap_is_repeatable_and_odd():
     rng = np.random.default_rng(0); a, b = rng.normal(size=30), rng.normal(size=30)
     assert paired_bootstrap(a, b) == paired_bootstrap(a, b)
     mean, low, high = paired_bootstrap(a, b); back = paired_bootstrap(b, a)
-    assert back[0] == pytest.approx(-mean) and back[1] == pytest.approx(-high, abs=1e-12) and back[2] == pytest.approx(-low, abs=1e-12)
+    assert back == pytest.approx((-mean, -high, -low), abs=1e-12)
 
 
-@pytest.mark.parametrize("before, after, says", [([1., 2.], [1.], "pair the same"), ([1., np.nan], [1., 1.], "nan"), ([], [], "shape")])
+@pytest.mark.parametrize("before, after, says", [
+    ([1., 2.], [1.], "pair the same"), ([1., np.nan], [1., 1.], "nan"), ([], [], "shape")])
 def test_bootstrap_refuses(before, after, says):
     with pytest.raises(ValueError, match=says): paired_bootstrap(before, after)
 
 
+# Five tuning seeds and captions of known variance: (seed, caption, rest) standard deviations. The third is what the
+# scoreboard's runs show; the last has captions as skewed as an exponential.
+STUDIES = [(.05, .07, .10, False), (.01, .20, .10, False), (.03, .07, .07, False), (.03, .10, .05, True)]
+
+def studies(of_seed, of_caption, rest, skewed, n=500, seeds=5, captions=32, truth=.1):
+    rng = np.random.default_rng(11)
+    caption = rng.exponential(1, (n, 1, captions)) - 1 if skewed else rng.normal(size=(n, 1, captions))
+    noise = of_seed*rng.normal(size=(n, seeds, 1)) + rest*rng.normal(size=(n, seeds, captions))
+    return truth + noise + of_caption*caption
+
+
+def share_that_holds(interval, made, truth=.1):
+    ends = [interval(difference) for difference in made]
+    return np.mean([low <= truth <= high for _, low, high in ends])
+
+
+@pytest.mark.parametrize("case", STUDIES)
+def test_seed_bootstrap_covers_what_it_says_at_five_seeds(case):
+    share = share_that_holds(lambda d: seed_bootstrap(d, n=300), studies(*case))
+    assert .92 <= share <= .97, share
+
+
+def test_seed_bootstrap_is_safe_where_there_is_noise_alone():
+    assert share_that_holds(lambda d: seed_bootstrap(d, n=300), studies(0., 0., .1, False, n=300)) >= .92
+
+
+def test_captions_alone_do_not_cover_another_tuning_seed():
+    "What the scoreboard did before: right about the checkpoint, wrong about the method."
+    share = share_that_holds(lambda d: paired_bootstrap(0*d.mean(0), d.mean(0), 300), studies(*STUDIES[0]))
+    assert share < .8, share
+
+
+def test_seed_bootstrap_is_repeatable_and_does_not_mind_the_order():
+    d = studies(*STUDIES[2], n=1)[0]
+    mean, low, high = seed_bootstrap(d)
+    assert seed_bootstrap(d) == (mean, low, high) and mean == pytest.approx(d.mean()) and low < mean < high
+    shuffled = seed_bootstrap(d[::-1, ::-1])
+    assert shuffled == pytest.approx((mean, low, high), abs=.1*(high - low))
+    wide = seed_bootstrap(d, level=.99)
+    assert wide[1] < low and high < wide[2]
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (5, 1), (5,), (2, 2, 2)])
+def test_seed_bootstrap_refuses_what_has_no_spread(shape):
+    with pytest.raises(ValueError, match="at least 2 of each"):
+        seed_bootstrap(np.zeros(shape))
+
+
+def test_seed_bootstrap_refuses_nan():
+    with pytest.raises(ValueError, match="nan"):
+        seed_bootstrap(np.full((3, 4), np.nan))
+
+
+@pytest.mark.parametrize("df, tabled", [(1, 12.7062), (2, 4.30265), (4.5, 2.6585), (10, 2.22814), (1000, 1.96234)])
+def test_students_quantile_as_tabled(df, tabled):
+    assert metrics.t_quantile(.975, df) == pytest.approx(tabled, rel=2e-3)
+
+
+def curve(compute, reward, values, pace=1.):
+    compute = np.array(compute, dtype=float)
+    of_captions = np.array(values, dtype=float)[:, None].repeat(3, 1)
+    return Curve(compute, compute*pace, np.array(reward, dtype=float), of_captions)
+
+
+def test_at_equal_compute_time_and_reward_the_same_two_runs_compare_otherwise():
+    "One gains twice as fast and is steadier for its reward; in wall time it is the slower one."
+    fast = curve([0, 10, 20], [0, .2, .4], [1., .9, .8], pace=4.)
+    slow = curve([0, 10, 20], [0, .1, .2], [1., .93, .86])
+    assert difference_at_equal([fast], [slow], "compute")[0] == pytest.approx([-.06]*3)  # .80 and .86 at 20
+    assert difference_at_equal([fast], [slow], "reward")[0] == pytest.approx([.04]*3)    # .90 and .86 at .2
+    assert difference_at_equal([fast], [slow], "seconds")[0] == pytest.approx([.09]*3)   # .95 and .86 at 20 seconds
+    assert gain_at_equal([fast], [slow], "reward")[0] == pytest.approx([-.1]*3)
+
+
+def test_each_seed_is_read_at_its_own_place():
+    early, late = curve([0, 10], [0, .2], [0., 1.]), curve([0, 10], [0, .4], [0., 1.])
+    rival = curve([0, 10], [0, .1], [0., 0.])
+    rows = difference_at_equal([early, late], [rival, rival], "reward")
+    assert rows.shape == (2, 3) and rows[:, 0] == pytest.approx([.5, .25])
+
+
+def test_a_run_that_never_rises_is_read_where_it_began():
+    flat, rising = curve([0, 10], [0., -.1], [1., .5]), curve([0, 10], [0., .2], [1., .9])
+    assert difference_at_equal([rising], [flat], "reward")[0] == pytest.approx([0.]*3)
+
+
+def test_a_reward_that_falls_again_is_read_at_the_first_crossing():
+    collapsed = curve([0, 10, 20], [0, .4, 0.], [1., .8, .1])
+    assert read_at(collapsed, "reward", .2) == pytest.approx([.9]*3)
+
+
+def test_the_best_checkpoint_is_chosen_by_tuning_captions():
+    assert best_checkpoint({10: .1, 20: .5, 40: .4}) == 20
+    assert tuning_reward([0.]*10 + [1.]*4, window=4) == 1.
+    assert tuning_reward([0., 0., 1.], window=8) == pytest.approx(1/3)
+
+
 def test_frechet_between_diagonal_gaussians():
-    "Exact moments by construction: orthogonal columns of plus and minus one have covariance n/(n-1) times the identity."
+    "Exact moments by construction: orthogonal columns of plus and minus one have covariance n/(n-1) times identity."
     had = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=float)
     a, b = had * [1, 2, 3], had * [2, 2, 1] + [0, 0, 5]
     scale = np.sqrt(4/3)
@@ -76,7 +177,7 @@ def test_frechet_is_symmetric_and_survives_singular_covariances():
     rng = np.random.default_rng(0); a, b = rng.normal(size=(6, 40)), rng.normal(size=(9, 40)) * 3
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-    assert np.isfinite(frechet_distance(np.zeros((4, 5)), np.ones((4, 5)))) and frechet_distance(np.zeros((4, 5)), np.ones((4, 5))) == pytest.approx(5)
+    assert frechet_distance(np.zeros((4, 5)), np.ones((4, 5))) == pytest.approx(5)
 
 
 def test_ranks_with_ties():
@@ -105,8 +206,10 @@ PROMPTS = {"in": ["a cat", "a dog", "a fish"], "new": ["a snail"]}
 
 def test_videos_depend_on_prompt_and_seed_alone():
     whole = evaluate(Painter(), brightness, PROMPTS, seeds=(0, 1), progress=False, batch=3)
-    turned = evaluate(Painter(), brightness, {"new": ["a snail"], "in": ["a fish", "a cat", "a dog"]}, seeds=(1, 0), progress=False, batch=8)
-    assert whole.values("reward") == pytest.approx(turned.values("reward"), abs=1e-6) and len(set(whole.values("reward").values())) == 8
+    turned_round = {"new": ["a snail"], "in": ["a fish", "a cat", "a dog"]}
+    turned = evaluate(Painter(), brightness, turned_round, seeds=(1, 0), progress=False, batch=8)
+    assert whole.values("reward") == pytest.approx(turned.values("reward"), abs=1e-6)
+    assert len(set(whole.values("reward").values())) == 8
     assert not torch.equal(prompt_noise("a cat", 0, (1, 2)), prompt_noise("a cat", 1, (1, 2)))
 
 
@@ -117,8 +220,13 @@ def test_reward_is_taken_on_first_frames_of_segments():
 
 
 def test_comparison_by_hand_and_missing_figures():
-    make = lambda gain: Evaluation([dict(prompt=p, group=g, seed=s, reward=i + gain*(s + 1), place=None if p == "d" else 1.)
-                                    for i, (p, g) in enumerate(zip("abcd", ("x", "x", "y", "y"))) for s in (0, 1)])
+    def make(gain):
+        rows = []
+        for i, (p, g) in enumerate(zip("abcd", "xxyy")):
+            place = None if p == "d" else 1.
+            rows += [dict(prompt=p, group=g, seed=s, reward=i + gain*(s + 1), place=place) for s in (0, 1)]
+        return Evaluation(rows)
+
     table = compare(make(0.), make(.2))
     assert table.row("reward")["difference"] == pytest.approx(.3) and table.row("reward")["prompts"] == 4
     assert table.row("reward", "y")["before"] == pytest.approx(2.5)
@@ -127,14 +235,18 @@ def test_comparison_by_hand_and_missing_figures():
 
 
 def test_evaluation_survives_a_file(tmp_path):
-    found = evaluate(Painter(), brightness, PROMPTS, progress=False, oracle=lambda v, p: {"nothing": torch.full((len(v),), torch.nan)}, label="x")
+    def nothing(videos, prompts): return {"nothing": torch.full((len(videos),), torch.nan)}
+    found = evaluate(Painter(), brightness, PROMPTS, progress=False, oracle=nothing, label="x")
     found.save(tmp_path/"e.json"); again = Evaluation.load(tmp_path/"e.json")
-    assert again.rows == found.rows and again.label == "x" and found.rows[0]["nothing"] is None and "nothing" not in found.means()
-    found.save(tmp_path/"e.csv"); assert (tmp_path/"e.csv").read_text().splitlines()[0] == "prompt,group,seed,reward,temporal_flicker,nothing"
+    assert again.rows == found.rows and again.label == "x"
+    assert found.rows[0]["nothing"] is None and "nothing" not in found.means()
+    found.save(tmp_path/"e.csv")
+    assert (tmp_path/"e.csv").read_text().splitlines()[0] == "prompt,group,seed,reward,temporal_flicker,nothing"
     assert compare(again, found).row("reward")["difference"] == 0
 
 
-@pytest.mark.parametrize("prompts, says", [([], "no prompts"), ("a cat", "single text"), ([""], "expected text"), ({"a": ["x"], "b": ["x"]}, "two groups")])
+@pytest.mark.parametrize("prompts, says", [
+    ([], "no prompts"), ("a cat", "single text"), ([""], "expected text"), ({"a": ["x"], "b": ["x"]}, "two groups")])
 def test_prompts_refused(prompts, says):
     with pytest.raises(KitError, match=says): prompt_groups(prompts)
 
@@ -161,10 +273,12 @@ def published_dynamic(magnitude, n_frames): # VBench's loop, one clip
 @given(st.integers(0, 10_000), st.integers(2, 9))
 def test_vbench_reductions_equal_the_published_loops(seed, n_frames):
     rng = np.random.default_rng(seed)
-    features, magnitude = rng.normal(size=(2, n_frames, 6)), rng.exponential(.3, (2, n_frames - 1, 32, 32)) * rng.random((2, n_frames - 1, 1, 1)) * 2
+    features = rng.normal(size=(2, n_frames, 6))
+    magnitude = rng.exponential(.3, (2, n_frames - 1, 32, 32)) * rng.random((2, n_frames - 1, 1, 1)) * 2
     got = metrics.consistency(torch.tensor(features))
     assert got.tolist() == pytest.approx([published_consistency(f) for f in features], abs=1e-5)
-    assert metrics.dynamic_degree(torch.tensor(magnitude)).tolist() == [published_dynamic(m, n_frames) for m in magnitude]
+    found = metrics.dynamic_degree(torch.tensor(magnitude)).tolist()
+    assert found == [published_dynamic(m, n_frames) for m in magnitude]
 
 
 def test_smoothness_uses_the_interpolator_it_is_given_and_drops_an_odd_last_frame():
@@ -179,7 +293,8 @@ def test_flow_finds_a_known_shift_in_each_direction():
     picture = torch.nn.functional.avg_pool2d(torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(1)), 3, 1)
     for y, x in ((0, 2), (3, 0), (-1, -2)):
         pair = torch.stack([picture[:, 3:35, 3:35], picture[:, 3 + y:35 + y, 3 + x:35 + x]])[None]
-        assert metrics.flow_magnitude(pair)[..., 5:-5, 5:-5].median().item() == pytest.approx((y * y + x * x) ** .5, abs=1e-6)
+        inner = metrics.flow_magnitude(pair)[..., 5:-5, 5:-5]
+        assert inner.median().item() == pytest.approx((y * y + x * x) ** .5, abs=1e-6)
 
 
 def test_frechet_equals_the_product_formula():
@@ -187,13 +302,16 @@ def test_frechet_equals_the_product_formula():
     rng = np.random.default_rng(5)
     a, b = rng.normal(size=(60, 5)) @ rng.normal(size=(5, 5)), rng.normal(size=(50, 5)) @ rng.normal(size=(5, 5)) + .3
     s, f = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s) + np.trace(f) - 2 * np.sqrt(np.linalg.eigvals(s @ f).astype(complex)).real.sum()
+    cross = np.sqrt(np.linalg.eigvals(s @ f).astype(complex)).real.sum()
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s) + np.trace(f) - 2 * cross
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
 
 
 def test_alignment_by_hand_and_its_bad_input():
     features = torch.tensor([[[3., 4.], [4., 3.]]])
-    assert metrics.alignment(features, torch.tensor([[1., 0.]]), 250).item() == pytest.approx(250 * (.6 + .8) / 2, rel=1e-6)
-    for call in (lambda: metrics.alignment(features, torch.rand(2, 2)), lambda: metrics.consistency(torch.rand(1, 1, 4)),
-                 lambda: metrics.motion_smoothness(torch.rand(1, 2, 3, 4, 4)), lambda: metrics.dynamic_degree(torch.rand(2, 3))):
-        with pytest.raises(ValueError): call()
+    found = metrics.alignment(features, torch.tensor([[1., 0.]]), 250)
+    assert found.item() == pytest.approx(250 * (.6 + .8) / 2, rel=1e-6)
+    calls = [(metrics.alignment, (features, torch.rand(2, 2))), (metrics.consistency, (torch.rand(1, 1, 4),)),
+             (metrics.motion_smoothness, (torch.rand(1, 2, 3, 4, 4),)), (metrics.dynamic_degree, (torch.rand(2, 3),))]
+    for function, given in calls:
+        with pytest.raises(ValueError): function(*given)

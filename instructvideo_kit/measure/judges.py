@@ -7,81 +7,101 @@ __all__ = ['chance', 'pairwise_accuracy', 'agreement', 'judge_table', 'table_tex
 
 # %% ../../nbs/measure/03_judges.ipynb #944a1dda
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from .metrics import rank_metrics
 
 # %% ../../nbs/measure/03_judges.ipynb #f1594f5f
 def chance(
-    n:int, # candidates per prompt
-    ks:tuple=(1, 2, 4), # for Recall@k
-)->dict: # as `rank_metrics`
+    n: int, # candidates per prompt
+    ks: tuple[int, ...] = (1, 2, 4), # for Recall@k
+) -> dict[str, float]: # as `rank_metrics`
     "MRR and Recall@k of a judge that orders at random; ValueError for n < 2."
-    if n < 2: raise ValueError(f"{n} candidates: expected at least 2, else there is nothing to choose")
-    return {"mrr": sum(1 / r for r in range(1, n + 1)) / n} | {f"recall@{k}": min(k / n, 1.) for k in ks}
+    if n < 2:
+        raise ValueError(f"{n} candidates: expected at least 2, else there is nothing to choose")
+    recalls = {f"recall@{k}": min(k/n, 1.) for k in ks}
+    return {"mrr": sum(1/rank for rank in range(1, n + 1))/n, **recalls}
 
 # %% ../../nbs/measure/03_judges.ipynb #514db4f1
-def _signs(scores): # (p, n) -> (p, n(n-1)/2) in {-1, 0, 1}
+def pairwise_accuracy(
+    scores: ArrayLike, # (p, n) the judge's scores
+    quality: ArrayLike, # (p, n) true quality, more is better
+) -> float: # in [0, 1], chance 1/2
+    "Share of pairs of unequal quality in the right order, ties count half; ValueError on shapes, nan, no such pair."
+    said, true = _signs(scores), _signs(quality)
+    if said.shape != true.shape:
+        raise ValueError(
+            f"scores {tuple(np.shape(scores))} and quality {tuple(np.shape(quality))}: "
+            f"expected the same shape")
+    counted = true != 0
+    if not counted.any():
+        raise ValueError("no two candidates of a prompt differ in quality: there is nothing to judge")
+    return ((said*true)[counted].mean().item() + 1)/2
+
+
+def _signs(scores): # (p, n) -> (p, n(n-1)/2) in {-1, 0, 1}: which of each pair is ahead
     scores = torch.as_tensor(scores, dtype=torch.float64)
-    if scores.ndim != 2 or scores.shape[1] < 2: raise ValueError(f"scores of shape {tuple(scores.shape)}: expected (prompts, at least 2 candidates)")
-    if scores.isnan().any(): raise ValueError("a score is nan; leave its prompt out")
+    if scores.ndim != 2 or scores.shape[1] < 2:
+        raise ValueError(f"scores of shape {tuple(scores.shape)}: expected (prompts, at least 2 candidates)")
+    if scores.isnan().any():
+        raise ValueError("a score is nan; leave its prompt out")
     i, j = torch.triu_indices(scores.shape[1], scores.shape[1], 1)
     return (scores[:, i] - scores[:, j]).sign()
 
-def pairwise_accuracy(
-    scores, # (p, n) the judge's scores
-    quality, # (p, n) true quality, more is better
-)->float: # in [0, 1], chance 1/2
-    "Share of pairs with different quality that the judge puts in the right order, a tie of the judge counts half; ValueError on shapes, nan or no such pair."
-    said, true = _signs(scores), _signs(quality)
-    if said.shape != true.shape: raise ValueError(f"scores {tuple(np.shape(scores))} and quality {tuple(np.shape(quality))}: expected the same shape")
-    counted = true != 0
-    if not counted.any(): raise ValueError("no two candidates of a prompt differ in quality: there is nothing to judge")
-    return ((said * true)[counted].mean().item() + 1) / 2
-
+# %% ../../nbs/measure/03_judges.ipynb #70d90002
 def agreement(
-    a, b, # (p, n) scores of two judges
-)->dict: # {"pairs": in [0, 1], "kendall": in [-1, 1]}
-    "How alike two judges order the candidates of a prompt: share of pairs in the same order (ties count half) and Kendall's tau-b, mean over all pairs."
+    a: ArrayLike, # (p, n) scores of one judge
+    b: ArrayLike, # (p, n) scores of another
+) -> dict[str, float]: # {"pairs": in [0, 1], "kendall": in [-1, 1]}
+    "How alike two judges order candidates: share of pairs in the same order (ties count half) and Kendall's tau-b."
     x, y = _signs(a), _signs(b)
-    if x.shape != y.shape: raise ValueError(f"judges scored {tuple(np.shape(a))} and {tuple(np.shape(b))}: expected the same shape")
-    both = math.sqrt((x != 0).sum().item() * (y != 0).sum().item())
-    return {"pairs": ((x * y).mean().item() + 1) / 2, "kendall": (x * y).sum().item() / both if both else 0.}
+    if x.shape != y.shape:
+        raise ValueError(f"judges scored {tuple(np.shape(a))} and {tuple(np.shape(b))}: expected the same shape")
+    both = math.sqrt((x != 0).sum().item()*(y != 0).sum().item())
+    return {"pairs": ((x*y).mean().item() + 1)/2, "kendall": (x*y).sum().item()/both if both else 0.}
 
 # %% ../../nbs/measure/03_judges.ipynb #e6d1cbb2
 @torch.no_grad()
 def judge_table(
-    judges:dict, # name -> callable (clips (b, f, 3, h, w), prompts) -> (b,)
-    clips, # candidates (p, n, f, 3, h, w)
-    prompts, # p captions
-    quality, # (p, n) known quality, the best of a prompt is the one to find
-)->dict: # name -> {"mrr", "recall@1", ..., "pairs", "scores" (p, n)}
+    judges: dict[str, Callable], # name -> (clips (b, f, 3, h, w), prompts) -> (b,)
+    clips: torch.Tensor, # candidates (p, n, f, 3, h, w)
+    prompts: list[str], # p captions
+    quality: ArrayLike, # (p, n) known quality, the best of a prompt is the one to find
+) -> dict[str, dict]: # name -> {"mrr", "recall@1", ..., "pairs", "scores" (p, n)}
     "MRR, Recall@1/2/4 and pairwise accuracy of each judge, beside chance."
     best, rows = torch.as_tensor(quality).argmax(1), {}
     for name, judge in judges.items():
-        scores = torch.stack([judge(c, [p] * len(c)) for c, p in zip(clips, prompts)])
+        scores = torch.stack([judge(group, [prompt]*len(group)) for group, prompt in zip(clips, prompts)])
         rows[name] = rank_metrics(scores, best) | {"pairs": pairwise_accuracy(scores, quality), "scores": scores}
     return rows | {"chance": chance(clips.shape[1]) | {"pairs": .5}}
 
+# %% ../../nbs/measure/03_judges.ipynb #70d90004
 def table_text(
-    rows:dict, # from judge_table
-)->str: # markdown
+    rows: dict[str, dict], # from judge_table
+) -> str: # markdown
     "The rows as a markdown table, per cent."
     keys = [k for k in next(iter(rows.values())) if k != "scores"]
-    line = lambda cells: "| " + " | ".join(cells) + " |"
-    body = [line([name, *(f"{100 * row[k]:.1f}" for k in keys)]) for name, row in rows.items()]
-    return "\n".join([line(["judge", *keys]), line(["---"] * (len(keys) + 1)), *body])
+    lines = [["judge", *keys], ["---"]*(len(keys) + 1)]
+    for name, row in rows.items():
+        lines.append([name, *(f"{100*row[k]:.1f}" for k in keys)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 # %% ../../nbs/measure/03_judges.ipynb #9ec4222c
 def mrr_bounds(
-    recalls:dict, # k -> Recall@k in [0, 1]
-    n:int=8, # candidates per prompt
-)->tuple: # (lowest, highest) MRR
-    "The MRR that can go with given recalls, when each prompt has one best candidate and no ties; ValueError unless recalls rise with k within [0, 1]."
+    recalls: dict[int, float], # k -> Recall@k in [0, 1]
+    n: int = 8, # candidates per prompt
+) -> tuple[float, float]: # (lowest, highest) MRR
+    "The MRRs that given recalls allow: one best candidate, no ties; ValueError unless recalls rise with k in [0, 1]."
     ks = sorted(recalls)
     shares = np.diff([0., *(recalls[k] for k in ks), 1.])
-    if (shares < -1e-9).any() or ks[0] < 1 or ks[-1] >= n: raise ValueError(f"recalls {recalls} of {n} candidates: expected shares that rise with k from 0 to 1, 1 <= k < {n}")
-    first, last = [1, *(k + 1 for k in ks)], [*ks, n]
-    return float(sum(s / l for s, l in zip(shares, last))), float(sum(s / f for s, f in zip(shares, first)))
+    if (shares < -1e-9).any() or ks[0] < 1 or ks[-1] >= n:
+        raise ValueError(
+            f"recalls {recalls} of {n} candidates: "
+            f"expected shares that rise with k from 0 to 1, 1 <= k < {n}")
+    best = [1, *(k + 1 for k in ks)] # ranks of each group
+    worst = [*ks, n]
+    return float(sum(shares/worst)), float(sum(shares/best))
