@@ -49,7 +49,7 @@ def _held_out(counts): # ((group, captions), ...)
 class Run:
     "One training run and the points at which it is measured."
     name: str # short, for files and tables
-    algorithm: str = "base" # of ALGORITHMS, or of UNTUNED
+    algorithm: str = "base" # a registered one, or of UNTUNED
     settings: dict = field(default_factory=dict) # fields of the preset that are replaced
     points: tuple = ((0, Split()),) # ((step, Split), ...), steps rising
     seed: int = 0 # of clips, noise and LoRA
@@ -88,7 +88,7 @@ def preset_of(
     run: Run, # that trains
 ) -> str:
     "The preset of a run on the menagerie."
-    return run.preset or algorithms()[run.algorithm].preset
+    return run.preset or algorithms()[run.algorithm].preset.stem
 
 # %% ../../nbs/measure/04_runs.ipynb #9e5a0007
 def trains(
@@ -175,7 +175,7 @@ def read_runs(
 def _read_run(entry, usual, where):
     points = tuple(_read_point(p, usual) for p in entry.get("points", [])) if isinstance(entry, dict) else ()
     run = record(Run, entry if not points else {**entry, "points": points}, where)
-    allowed = {"algorithm": (*ALGORITHMS, *UNTUNED), "reward": ("image", "video"),
+    allowed = {"algorithm": (*algorithms(), *UNTUNED), "reward": ("image", "video"),
                "clips": ("usual", "clean", "spoiled")}
     for name, known in allowed.items():
         value = getattr(run, name)
