@@ -28,7 +28,7 @@ def _reward(ax, rows, evaluations):
     ax.set(title="reward (dots: held out)", xlabel="step")
 
 def _gradients(ax, profiles):
-    for i, (step, timesteps, norms) in enumerate(profiles):
+    for i, (_, timesteps, norms) in enumerate(profiles):
         ax.semilogy(range(len(norms)), norms, color="#e06c32", alpha=.15 + .85*(i + 1)/len(profiles), lw=1)
         ax.set_xticks([0, len(timesteps) - 1], [timesteps[0], timesteps[-1]])
     ax.set(
