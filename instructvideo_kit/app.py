@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['best_device', 'placement', 'open_judge', 'held_out', 'menagerie_clips', 'open_clips', 'open_oracle', 'find_lora',
-           'choose_run', 'for_card', 'watched', 'tune_run', 'evaluate_before_after', 'evaluation_captions',
-           'compare_run', 'draw_samples', 'write_samples', 'ship']
+           'choose_run', 'for_card', 'watched', 'tune_run', 'preview_run', 'evaluate_before_after',
+           'evaluation_captions', 'compare_run', 'draw_samples', 'write_samples', 'ship']
 
 # %% ../nbs/93_app.ipynb #ca9a0004
 import io, os, shutil
@@ -33,6 +33,7 @@ from .tuning.run_folder import RunFolder
 from .tuning.stream import hold_out
 from .tuning.watch import held_out_evaluation
 from .video import ClipFolder, film_strip, write_video
+from .video.folder import write_preview
 
 # %% ../nbs/93_app.ipynb #ca9a0006
 def best_device()->str:
@@ -85,7 +86,7 @@ def open_clips(
 )->Sequence:
     "Clips of the menagerie, or of a folder or list."
     if data == "menagerie": return menagerie_clips(policy, seed=seed)
-    clips = ClipFolder.open(data, policy.n_frames, policy.size, policy.max_words)
+    clips = ClipFolder.open(data, policy.n_frames, policy.size, policy.max_words, tokenizer=policy.tokenizer)
     say(clips.report)
     return clips
 
@@ -94,10 +95,10 @@ def open_oracle(
     captions:Sequence[str],
 )->Callable|None: # oracle(videos, captions) -> dict of (b,)
     "The menagerie's oracle where it can read: clips of its size, captions of its grammar; else None."
-    if (policy.n_frames, *policy.size) != (16, 32, 32): return None
     try: [parse(c) for c in captions]
     except ValueError: return None
     oracle = Oracle.from_pretrained()
+    if (policy.n_frames, *policy.size) != (16, oracle.size, oracle.size): return None
     return lambda videos, captions: oracle(videos.float().cpu(), captions)
 
 # %% ../nbs/93_app.ipynb #d8122f71
@@ -177,6 +178,19 @@ def tune_run(
     clips, look = open_clips(data, policy, config.seed, say), None
     if config.eval_every: clips, look = watched(data, clips, policy, reward, config, say)
     return tune(Found, policy, reward, clips, config, out, resume, look)
+
+# %% ../nbs/93_app.ipynb #212e9134
+def preview_run(
+    config, # as for `tune_run`
+    data:str, # a folder or a list
+    path:Path, # name of the PNG
+    say:Callable=print,
+)->Path: # the file
+    "Write one sheet of what the model will see of the data; KitError for the menagerie, which needs none."
+    need(data != "menagerie", "--preview is for your own clips; instructvideo-kit menagerie show draws the menagerie's")
+    policy = VideoPolicy.from_pretrained(config.policy)
+    clips = open_clips(data, policy, config.seed, say)
+    return write_preview(path, clips, tokenizer=policy.tokenizer, max_words=policy.max_words)
 
 # %% ../nbs/93_app.ipynb #ca9a000c
 def evaluate_before_after(

@@ -144,15 +144,20 @@ def tune(
         help="Settings for a card: t4-16gb, a100-40gb, a100-80gb or h200.")] = None,
     set_: Annotated[Optional[list[str]], typer.Option(
         "--set", help="field=value of the preset; may be repeated.")] = None,
+    preview: Annotated[Optional[Path], typer.Option(
+        help="Write a PNG of what the model will see of the data, and stop.")] = None,
 ):
     if algorithm and algorithm not in algorithms():
         raise KitError(f'--algorithm is "{algorithm}"; {near(algorithm, algorithms())}')
     _need_data(data)
     prepare()
-    from instructvideo_kit.app import choose_run, for_card, tune_run
+    from instructvideo_kit.app import choose_run, for_card, preview_run, tune_run
     named = {"policy": policy, "reward": reward, "steps": steps, "seed": seed}
     values = parse_set(set_ or []) | {k: v for k, v in named.items() if v is not None}
     chosen, config = choose_run(algorithm, preset, values)
+    if preview:
+        typer.echo(preview_run(config, data, preview, typer.echo))
+        return
     if memory: config = for_card(chosen, config, memory)
     out = out or Path("runs")/chosen.name
     try: result = tune_run(chosen, config, data, out, resume, typer.echo)

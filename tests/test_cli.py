@@ -51,6 +51,14 @@ def test_tune_says_what_it_did_and_what_next(home):
     assert "instructvideo-kit evaluate" in said and (home/"run/lora/pytorch_lora_weights.safetensors").is_file()
 
 
+def test_preview_shows_what_the_model_will_see_and_stops(home):
+    from PIL import Image
+    answer = tune(home, home/"none", "--preview", home/"sheet.png")
+    assert answer.exit_code == 0 and not (home/"none").exists(), answer.output
+    assert min(Image.open(home/"sheet.png").size) >= SIZE
+    refused(call("tune", "--data", "menagerie", "--preset", home/"preset.yaml", "--preview", home/"no.png"), "--preview")
+
+
 def test_resume_goes_on(home):
     assert tune(home, home/"more").exit_code == 0
     answer = tune(home, home/"more", "--resume", "--steps", 3)
