@@ -15,11 +15,11 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import step
 import torch
 from diffusers.utils import logging
 from PIL import Image
 
-import step
 from instructvideo_kit.files import write_atomic
 from instructvideo_kit.interactive.blend import lambda_schedule
 from instructvideo_kit.interactive.drag import disc, displaced
@@ -61,7 +61,8 @@ def painting(pipeline, args):
     ways = {**{f"lambda {lam:g}": dict(lam=lam) for lam in (0., .25, .5, .75)}, "lambda 0, masked": dict(lam=0., mask=session.mask()),
             "lambda 0, masked, hold .6": dict(lam=0., mask=session.mask(), hold=.6),
             "lambda 0, first half of the steps": dict(lam=lambda_schedule("window", args.n_ddim, 0., window=(0, .5))), "lambda 0, guidance 1": dict(lam=0., guidance_scale=1.)}
-    go = lambda seed, **k: pipeline.video(picture, scene.caption, seed=seed, n_ddim=args.n_ddim, **k)
+    def go(seed, **k):
+        return pipeline.video(picture, scene.caption, seed=seed, n_ddim=args.n_ddim, **k)
     @functools.cache
     def unpainted(**k): return [go(seed, **k) for seed in range(args.seeds)] # with the same guidance
     found = {}
@@ -79,7 +80,8 @@ def drag(pipeline, args):
     cases, found = arrow_cases(args.cases, args.case_seed), {}
     ways = {"no arrow": {}, **{f"arrow, follow {share:g}": dict(follow=share) for share in args.follow}}
     for name, way in ways.items():
-        go = lambda i, c: pipeline.video(c.clip[:1], c.scene.caption, drags=[c.drag] if way else (), seed=i, n_ddim=args.n_ddim, **way)[0]
+        def go(i, c):
+            return pipeline.video(c.clip[:1], c.scene.caption, drags=[c.drag] if way else (), seed=i, n_ddim=args.n_ddim, **way)[0]
         far = [c.distance(go(i, c)) for i, c in enumerate(cases)]
         found[name] = dict(hits=sum(d <= GOAL for d in far) / len(far), distance=statistics.mean(far), distances=far)
         print(f"{name}: {found[name]['hits']:.0%} of {len(far)} within {GOAL:.0%} of the frame, mean distance {found[name]['distance']:.3f}", flush=True)
@@ -113,7 +115,8 @@ def overhead(pipeline, args):
     scene = Scene("fox", "rest", "meadow", 3)
     picture = render([scene])[:, 0]
     painted = (picture + .3).clamp(0, 1)
-    one = lambda image, **k: pipeline.video(image, scene.caption, n_ddim=4, **k)
+    def one(image, **k):
+        return pipeline.video(image, scene.caption, n_ddim=4, **k)
     def two(): one(picture); one(painted)
     times = step.in_turn({"two plain runs": two, "blended, shared": lambda: one(picture, edited=painted, lam=.5),
                           "blended, two latents": lambda: one(picture, edited=painted, lam=.5, reading="two_latents")}, args.repeats, args.device)
@@ -142,7 +145,8 @@ def latency(pipeline, args):
 
 def table(found):
     "Table 2 of the paper beside ours, as markdown."
-    name = lambda seconds: f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+    def name(seconds):
+        return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
     rows = [f"| {what} | {name(PAPER[what]) if what in PAPER else '-'} | {name(t)} | {found['memory_mib'].get(what, 0) or '-':.4} |" for what, t in found["seconds"].items()]
     return "\n".join(["| process | paper, RTX 4090 | here | peak MiB of tensors |", "|---|---|---|---|", *rows])
 

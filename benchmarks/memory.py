@@ -17,8 +17,8 @@ from step import SHAPES, build, peak_memory
 from instructvideo_kit.files import write_atomic
 from instructvideo_kit.policy.lora import add_lora, lora_parameters
 from instructvideo_kit.tuning.online_dpo import OnlineDPO, OnlineDPOConfig
-from instructvideo_kit.tuning.refl import Refl, ReflConfig
 from instructvideo_kit.tuning.process import make_accelerator
+from instructvideo_kit.tuning.refl import Refl, ReflConfig
 
 PROMPTS = ["a fox walking to the left in the meadow"]
 

@@ -22,8 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.utils.checkpoint import checkpoint
-
 from diffusers.utils import logging
 
 from instructvideo_kit.diffusion.schedule import n_steps
@@ -46,6 +44,7 @@ def build(shape, size=None, frames=None, device="cpu", dtype=torch.float32):
     "A policy and a CLIP reward with random weights, in the classes of the real ones."
     from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+
     from instructvideo_kit.menagerie.tokens import menagerie_tokenizer
     k, tokenizer = SHAPES[shape], menagerie_tokenizer()
     size, scale = size or k["size"], 2 ** (len(k["vae"]) - 1)
@@ -141,7 +140,8 @@ def process_memory(call):
     "MiB by which the process grows at its peak during a call (Linux): tensors, the allocator's gaps and the libraries' scratch."
     gc.collect()
     with contextlib.suppress(OSError, AttributeError): ctypes.CDLL("libc.so.6").malloc_trim(0)
-    read = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+    def read(key):
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
     try: Path("/proc/self/clear_refs").write_text("5") # the high-water mark starts anew
     except OSError: return float("nan")
     before = read("VmRSS"); call()
@@ -173,7 +173,8 @@ def compare(args):
     add_lora(policy, 4)
     for p in lora_parameters(policy): torch.nn.init.normal_(p.data, std=.01)
     config = InstructVideoConfig(tau=.6, n_ddim=20, n_segments=4, guidance_scale=3., frames_at_once=1)
-    make = lambda **s: Step(policy, reward, config, args.batch, **s)
+    def make(**s):
+        return Step(policy, reward, config, args.batch, **s)
     calls = {"ours": make(), "as published": make(**PUBLISHED)}
     if not args.quick: calls |= {f"without: {WHAT[k]}": make(**{k: PUBLISHED[k]} | ({"staged": False} if k == "chosen" else {})) for k in WHAT}
     times = in_turn(calls, args.repeats, args.device)
