@@ -4,8 +4,10 @@
     python benchmarks/interactive.py                               # all parts, about ten minutes on one core
     python benchmarks/interactive.py --only drag overhead --cases 16
 
-Parts: `painting` (does a red blob painted at a place show there in the clip, by seed, with an interval), `drag` (does the animal end where the arrow points, against clips without an
-arrow), `alignment` (the paper's Table 1: are frames closer to the edited picture and to the text), `overhead` (a blended run against two plain runs), `latency` (the paper's
+Parts: `painting` (does a red blob painted at a place show there in the clip, by seed, with an interval), `drag` (does
+the animal end where the arrow points, against clips without an
+arrow), `alignment` (the paper's Table 1: are frames closer to the edited picture and to the text), `overhead` (a
+blended run against two plain runs), `latency` (the paper's
 Table 2 beside ours, with memory). Times are medians of runs in turn.
 """
 import argparse
@@ -15,11 +17,11 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import step
 import torch
 from diffusers.utils import logging
 from PIL import Image
 
-import step
 from instructvideo_kit.files import write_atomic
 from instructvideo_kit.interactive.blend import lambda_schedule
 from instructvideo_kit.interactive.drag import disc, displaced
@@ -35,7 +37,8 @@ from instructvideo_kit.menagerie.world import Scene
 from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.reward.clip import ClipReward
 
-PAPER = {"image instruction": .01934, "content instruction": .03147, "motion instruction (the video)": 12.22, "trajectory instruction": .07735}
+PAPER = {"image instruction": .01934, "content instruction": .03147, "motion instruction (the video)": 12.22,
+         "trajectory instruction": .07735}
 GOAL = .15 # of the frame's width, from the arrow's end
 
 
@@ -58,10 +61,13 @@ def painting(pipeline, args):
     session.stroke([at], "#e01818", 9)
     session.mask_stroke([at], 11)
     painted, where, elsewhere = session.paint(picture), disc(at, 4, (32, 32)), 1 - disc(at, 8, (32, 32))
-    ways = {**{f"lambda {lam:g}": dict(lam=lam) for lam in (0., .25, .5, .75)}, "lambda 0, masked": dict(lam=0., mask=session.mask()),
+    ways = {**{f"lambda {lam:g}": dict(lam=lam) for lam in (0., .25, .5, .75)},
+            "lambda 0, masked": dict(lam=0., mask=session.mask()),
             "lambda 0, masked, hold .6": dict(lam=0., mask=session.mask(), hold=.6),
-            "lambda 0, first half of the steps": dict(lam=lambda_schedule("window", args.n_ddim, 0., window=(0, .5))), "lambda 0, guidance 1": dict(lam=0., guidance_scale=1.)}
-    go = lambda seed, **k: pipeline.video(picture, scene.caption, seed=seed, n_ddim=args.n_ddim, **k)
+            "lambda 0, first half of the steps": dict(lam=lambda_schedule("window", args.n_ddim, 0., window=(0, .5))),
+            "lambda 0, guidance 1": dict(lam=0., guidance_scale=1.)}
+    def go(seed, **k):
+        return pipeline.video(picture, scene.caption, seed=seed, n_ddim=args.n_ddim, **k)
     @functools.cache
     def unpainted(**k): return [go(seed, **k) for seed in range(args.seeds)] # with the same guidance
     found = {}
@@ -69,7 +75,8 @@ def painting(pipeline, args):
         plain = unpainted(**{k: v for k, v in way.items() if k == "guidance_scale"})
         clips = [go(seed, edited=painted, **way) for seed in range(args.seeds)]
         change = statistics.mean(((a - b).abs() * elsewhere).mean().item() for a, b in zip(clips, plain))
-        found[name] = dict(interval([redness(c, where) for c in plain], [redness(c, where) for c in clips]), elsewhere=change)
+        found[name] = dict(interval([redness(c, where) for c in plain], [redness(c, where) for c in clips]),
+                           elsewhere=change)
         print(f"{name}: {found[name]}", flush=True)
     return dict(seeds=args.seeds, of_the_blob=redness(painted[None], where) - redness(picture[None], where), ways=found)
 
@@ -79,31 +86,40 @@ def drag(pipeline, args):
     cases, found = arrow_cases(args.cases, args.case_seed), {}
     ways = {"no arrow": {}, **{f"arrow, follow {share:g}": dict(follow=share) for share in args.follow}}
     for name, way in ways.items():
-        go = lambda i, c: pipeline.video(c.clip[:1], c.scene.caption, drags=[c.drag] if way else (), seed=i, n_ddim=args.n_ddim, **way)[0]
+        def go(i, c):
+            return pipeline.video(c.clip[:1], c.scene.caption, drags=[c.drag] if way else (), seed=i,
+                                  n_ddim=args.n_ddim, **way)[0]
         far = [c.distance(go(i, c)) for i, c in enumerate(cases)]
         found[name] = dict(hits=sum(d <= GOAL for d in far) / len(far), distance=statistics.mean(far), distances=far)
-        print(f"{name}: {found[name]['hits']:.0%} of {len(far)} within {GOAL:.0%} of the frame, mean distance {found[name]['distance']:.3f}", flush=True)
+        print(f"{name}: {found[name]['hits']:.0%} of {len(far)} within {GOAL:.0%} of the frame, mean distance "
+              f"{found[name]['distance']:.3f}", flush=True)
     far = [c.distance(displaced(c.clip[:1], [c.drag], len(c.clip))[0][0]) for c in cases]
-    return dict(goal=GOAL, cases=args.cases, case_seed=args.case_seed, ways=found, displaced_clip=sum(d <= GOAL for d in far) / len(far))
+    return dict(goal=GOAL, cases=args.cases, case_seed=args.case_seed, ways=found,
+                displaced_clip=sum(d <= GOAL for d in far) / len(far))
 
 
 def alignment(pipeline, args):
-    "Cosine of a clip's frames with the edited picture and with the text: another animal stands in the picture, the edit draws the one the text names. By caption."
+    """Cosine of a clip's frames with the edited picture and with the text: another animal stands in the picture, the
+    edit draws the one the text names. By caption."""
     judge, found = ClipReward.from_pretrained("menagerie"), {}
     wanted = [parse(caption) for caption in prompts(args.captions, "evaluation", "in-domain")]
     pictures = [render([replace(scene, species=wanted[i - 1].species, seed=i)])[:, 0] for i, scene in enumerate(wanted)]
-    edits = [pipeline.image(scene.caption, picture, .8, seed=i, n_ddim=args.n_ddim) for i, (scene, picture) in enumerate(zip(wanted, pictures))]
-    targets = {"image": judge.image_features(torch.stack(edits, 1))[0], "text": judge.text_features([scene.caption for scene in wanted])}
+    edits = [pipeline.image(scene.caption, picture, .8, seed=i, n_ddim=args.n_ddim)
+             for i, (scene, picture) in enumerate(zip(wanted, pictures))]
+    targets = {"image": judge.image_features(torch.stack(edits, 1))[0],
+               "text": judge.text_features([scene.caption for scene in wanted])}
     def cosines(**way):
         "By target, one number for each caption."
-        clips = [pipeline.video(picture, scene.caption, seed=i, n_ddim=args.n_ddim, **(dict(way, edited=edit) if way else {}))
+        clips = [pipeline.video(picture, scene.caption, seed=i, n_ddim=args.n_ddim,
+                                **(dict(way, edited=edit) if way else {}))
                  for i, (scene, picture, edit) in enumerate(zip(wanted, pictures, edits))]
         seen = judge.image_features(torch.cat(clips))
         return {name: cosine(seen, target).tolist() for name, target in targets.items()}
     plain = cosines()
     for lam in (.75, .5, .25, 0.):
         blended = cosines(lam=lam)
-        found[f"lambda {lam:g}"] = {name: dict(interval(plain[name], blended[name]), without=statistics.mean(plain[name]), blended=statistics.mean(blended[name])) for name in targets}
+        found[f"lambda {lam:g}"] = {name: dict(interval(plain[name], blended[name]),
+            without=statistics.mean(plain[name]), blended=statistics.mean(blended[name])) for name in targets}
         print(f"lambda {lam:g}: {found[f'lambda {lam:g}']}", flush=True)
     return dict(captions=args.captions, ways=found)
 
@@ -113,25 +129,36 @@ def overhead(pipeline, args):
     scene = Scene("fox", "rest", "meadow", 3)
     picture = render([scene])[:, 0]
     painted = (picture + .3).clamp(0, 1)
-    one = lambda image, **k: pipeline.video(image, scene.caption, n_ddim=4, **k)
-    def two(): one(picture); one(painted)
+    def one(image, **k):
+        return pipeline.video(image, scene.caption, n_ddim=4, **k)
+    def two():
+        one(picture)
+        one(painted)
     times = step.in_turn({"two plain runs": two, "blended, shared": lambda: one(picture, edited=painted, lam=.5),
-                          "blended, two latents": lambda: one(picture, edited=painted, lam=.5, reading="two_latents")}, args.repeats, args.device)
-    return dict(seconds=times, ratio={name: t / times["two plain runs"] for name, t in times.items() if name != "two plain runs"})
+                          "blended, two latents": lambda: one(picture, edited=painted, lam=.5, reading="two_latents")},
+                          args.repeats, args.device)
+    return dict(seconds=times,
+                ratio={name: t / times["two plain runs"] for name, t in times.items() if name != "two plain runs"})
 
 
 def latency(pipeline, args):
     "Seconds of each instruction and of the two stages, and peak memory of a video."
-    photo, scene, device = Image.effect_noise((512, 512), 60).convert("RGB"), Scene("fox", "rest", "meadow", 3), args.device
+    photo = Image.effect_noise((512, 512), 60).convert("RGB")
+    scene = Scene("fox", "rest", "meadow", 3)
+    device = args.device
     picture, session, words = render([scene])[:, 0], EditSession(32, 32), iter(range(10 ** 6))
     def content():
         "A stroke is painted and a caption nobody has read yet is read."
-        session.stroke([(4, 4), (9, 20), (28, 12)], "red", 3); session.paint(picture); pipeline.i2v.embed([f"a fox {next(words)}"])
+        session.stroke([(4, 4), (9, 20), (28, 12)], "red", 3)
+        session.paint(picture)
+        pipeline.i2v.embed([f"a fox {next(words)}"])
     def trajectory(): pipeline.target(picture, picture, [((10., 10.), (20., 16.), 8.)], torch.tensor(1.))
-    calls = {"image instruction": lambda: pipeline.i2v.image_latents(pipeline.to_image(photo)), "content instruction": content, "trajectory instruction": trajectory}
+    calls = {"image instruction": lambda: pipeline.i2v.image_latents(pipeline.to_image(photo)),
+             "content instruction": content, "trajectory instruction": trajectory}
     times = step.in_turn(calls, 5 * args.repeats, device)
     made = {"motion instruction (the video)": lambda: pipeline.video(picture, scene.caption, n_ddim=args.n_ddim),
-            "the video, blended": lambda: pipeline.video(picture, scene.caption, picture.flip(-1), lam=.5, n_ddim=args.n_ddim),
+            "the video, blended": lambda: pipeline.video(picture, scene.caption, picture.flip(-1), lam=.5,
+                                                         n_ddim=args.n_ddim),
             "image stage, strength .6": lambda: pipeline.image(scene.caption, picture, n_ddim=args.n_ddim)}
     if pipeline.t2v is None: del made["image stage, strength .6"]
     times |= step.in_turn(made, args.repeats, device)
@@ -142,8 +169,10 @@ def latency(pipeline, args):
 
 def table(found):
     "Table 2 of the paper beside ours, as markdown."
-    name = lambda seconds: f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
-    rows = [f"| {what} | {name(PAPER[what]) if what in PAPER else '-'} | {name(t)} | {found['memory_mib'].get(what, 0) or '-':.4} |" for what, t in found["seconds"].items()]
+    def name(seconds):
+        return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+    rows = [f"| {what} | {name(PAPER[what]) if what in PAPER else '-'} | {name(t)} | "
+            f"{found['memory_mib'].get(what, 0) or '-':.4} |" for what, t in found["seconds"].items()]
     return "\n".join(["| process | paper, RTX 4090 | here | peak MiB of tensors |", "|---|---|---|---|", *rows])
 
 
@@ -152,27 +181,34 @@ PARTS = {"painting": painting, "drag": drag, "alignment": alignment, "overhead":
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", default="menagerie-i2v", help="image-to-video policy: a shipped name or a pipeline directory")
+    parser.add_argument("--policy", default="menagerie-i2v",
+                        help="image-to-video policy: a shipped name or a pipeline directory")
     parser.add_argument("--images", default="menagerie", help="text-to-video policy of the image stage")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
     parser.add_argument("--seeds", type=int, default=16, help="of painting")
     parser.add_argument("--captions", type=int, default=32, help="of alignment")
     parser.add_argument("--cases", type=int, default=32, help="of drag")
-    parser.add_argument("--case-seed", type=int, default=0, help="which arrows; 0 is the set that the filling of the hole was chosen on")
-    parser.add_argument("--follow", type=float, nargs="+", default=[.8], help="shares of the steps that follow the arrow")
+    parser.add_argument("--case-seed", type=int, default=0,
+                        help="which arrows; 0 is the set that the filling of the hole was chosen on")
+    parser.add_argument("--follow", type=float, nargs="+", default=[.8],
+                        help="shares of the steps that follow the arrow")
     parser.add_argument("--n-ddim", type=int, default=10)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; the median counts")
-    parser.add_argument("--clock", choices=step.CLOCKS, default="wall", help="cpu: processor time, for a machine that is busy with other things")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark/interactive.json"), help="JSON file; parts that are not measured again stay in it")
+    parser.add_argument("--clock", choices=step.CLOCKS, default="wall",
+                        help="cpu: processor time, for a machine that is busy with other things")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark/interactive.json"),
+                        help="JSON file; parts that are not measured again stay in it")
     args = parser.parse_args()
     logging.set_verbosity_error()
     step.clock, dtype = step.CLOCKS[args.clock], {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    pipeline = InteractivePipeline(*(VideoPolicy.from_pretrained(name, dtype, args.device) for name in (args.policy, args.images)))
+    pipeline = InteractivePipeline(*(VideoPolicy.from_pretrained(name, dtype, args.device)
+                                     for name in (args.policy, args.images)))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
-    about = dict(policy=pipeline.i2v.name, device=args.device, dtype=args.dtype, clock=args.clock, torch=torch.__version__, threads=torch.get_num_threads(), n_ddim=args.n_ddim)
+    about = dict(policy=pipeline.i2v.name, device=args.device, dtype=args.dtype, clock=args.clock,
+                 torch=torch.__version__, threads=torch.get_num_threads(), n_ddim=args.n_ddim)
     for part in args.only:
         found[part] = dict(PARTS[part](pipeline, args), about=about)
         write_atomic(args.out, json.dumps(found, indent=1))

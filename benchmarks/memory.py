@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Peak memory of a step of OnlineVPO and of ReFL against resolution and frames (OnlineVPO, Figure 7), on small random networks.
+"""Peak memory of a step of OnlineVPO and of ReFL against resolution and frames (OnlineVPO, Figure 7), on small random
+networks.
 
     python benchmarks/memory.py                      # CPU, tensors as torch counts them: a minute
     python benchmarks/memory.py --device cuda --model modelscope --pixels 128 256 --frames 8 16
 
-Both tune the same LoRA of the same network without recomputation, and both judges look at every frame. OnlineVPO takes a gradient through the network
+Both tune the same LoRA of the same network without recomputation, and both judges look at every frame. OnlineVPO
+takes a gradient through the network
 alone, for two clips; ReFL through network, decoder and judge, for one.
 """
 import argparse
@@ -17,8 +19,8 @@ from step import SHAPES, build, peak_memory
 from instructvideo_kit.files import write_atomic
 from instructvideo_kit.policy.lora import add_lora, lora_parameters
 from instructvideo_kit.tuning.online_dpo import OnlineDPO, OnlineDPOConfig
-from instructvideo_kit.tuning.refl import Refl, ReflConfig
 from instructvideo_kit.tuning.process import make_accelerator
+from instructvideo_kit.tuning.refl import Refl, ReflConfig
 
 PROMPTS = ["a fox walking to the left in the meadow"]
 
@@ -29,7 +31,8 @@ def steps(policy, reward):
     online = OnlineDPOConfig(n_candidates=2, samples_at_once=1, **shared)
     refl = ReflConfig(grad_accum=1, stop_from=1, stop_to=1, n_segments=policy.n_frames, margin=10., **shared)
     accelerator = make_accelerator(online, policy.device)
-    return {"onlinevpo": lambda: OnlineDPO(policy, reward, PROMPTS, online, accelerator).step(range(1)), "refl": lambda: Refl(policy, reward, PROMPTS, refl, accelerator).step(range(1))}
+    return {"onlinevpo": lambda: OnlineDPO(policy, reward, PROMPTS, online, accelerator).step(range(1)),
+            "refl": lambda: Refl(policy, reward, PROMPTS, refl, accelerator).step(range(1))}
 
 
 def measure(pixels, frames, args):
@@ -46,16 +49,21 @@ def measure(pixels, frames, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SHAPES, default="small"); parser.add_argument("--device", default="cpu")
-    parser.add_argument("--pixels", type=int, nargs="+", default=[24, 48, 72]); parser.add_argument("--frames", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--model", choices=SHAPES, default="small")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pixels", type=int, nargs="+", default=[24, 48, 72])
+    parser.add_argument("--frames", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent/"results/memory.json")
     args = parser.parse_args()
     sizes = dict.fromkeys([(p, args.frames[0]) for p in args.pixels] + [(args.pixels[-2], f) for f in args.frames])
     rows = [measure(p, f, args) for p, f in sizes]
     for row in rows: print(row, flush=True)
     small, large = (pick(rows, key=lambda r: r["pixels"]**2 * r["frames"]) for pick in (min, max))
-    figures = {f"{n}_large": {"value": large[n], "unit": "MiB"} for n in ("onlinevpo", "refl")} | {f"{n}_growth": {"value": large[n] / small[n], "unit": "times"} for n in ("onlinevpo", "refl")}
-    write_atomic(args.out, json.dumps({"model": args.model, "device": args.device, "torch": torch.__version__, "rows": rows, "figures": figures}, indent=1) + "\n")
+    figures = ({f"{n}_large": {"value": large[n], "unit": "MiB"} for n in ("onlinevpo", "refl")}
+               | {f"{n}_growth": {"value": large[n] / small[n], "unit": "times"} for n in ("onlinevpo", "refl")})
+    write_atomic(args.out,
+                 json.dumps({"model": args.model, "device": args.device, "torch": torch.__version__, "rows": rows,
+                             "figures": figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__": main()

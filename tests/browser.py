@@ -1,8 +1,20 @@
 """JupyterLab in a real Chromium, for tests that drive a page with the mouse. Pictures of the page are kept in runs/browser/.
 
 KIT_BROWSER_PATIENCE: seconds to wait for one thing (default 240; two busy cores are slow). KIT_BROWSER_SKIP=1: skip these tests."""
-import contextlib, importlib.util, json, os, secrets, shutil, socket, subprocess, sys, time, urllib.error, urllib.request
+import contextlib
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,10 +1,16 @@
 """The canvas in JupyterLab: paint, drag, undo, redo, generate, compare, stop, save, reload and go on, with mouse, keyboard and touch.
 
 KIT_BROWSER_PIPELINE=menagerie-i2v makes the videos with that policy instead of a stand-in that slides the picture."""
-import importlib.util, json, os
-import nbformat, numpy as np, pytest
-from PIL import Image
+import importlib.util
+import json
+import os
+
+import nbformat
+import numpy as np
+import pytest
 from browser import jupyter_lab, missing, open_notebook, page, picture, run_all, until, voila
+from PIL import Image
+
 from instructvideo_kit.interactive.session import EditSession
 
 if reason := missing(): pytest.skip(reason, allow_module_level=True)

@@ -1,7 +1,12 @@
 """Votes in JupyterLab, by keyboard: ten pairs, one taken back, the page loaded anew, gone on, trained, best and worst looked at; and by touch, and in Voila."""
-import importlib.util, json
-import nbformat, pytest, torch
+import importlib.util
+import json
+
+import nbformat
+import pytest
+import torch
 from browser import jupyter_lab, missing, open_notebook, page, picture, run_all, until, voila
+
 from instructvideo_kit.feedback.pool import make_pool
 from instructvideo_kit.feedback.votes import read_votes
 

@@ -1,7 +1,10 @@
 """Tutorials as a student opens them: Run All in JupyterLab leaves no red cell, and every widget's picture changes when it is used.
 
 KIT_BROWSER_TUTORIALS="01_start_here 05_segvr_and_tar" chooses others than the list below; each takes a minute or more."""
-import os, shutil, time
+import os
+import shutil
+import time
+
 import pytest
 from browser import ROOT, jupyter_lab, missing, open_notebook, page, picture, run_all, until
 

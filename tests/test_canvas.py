@@ -4,7 +4,6 @@ import io
 import json
 import threading
 
-
 import numpy as np
 import pytest
 import torch

@@ -259,7 +259,8 @@ WRONG = {  # exercise -> (an answer as a learner would write it, words of the ve
         (lambda n, k, c: 2 * (n + k), "expected"),
     ],
 }
-pairs = lambda table: [
+def pairs(table):
+    return [
     pytest.param(name, *(x if isinstance(x, tuple) else (x,)), id=f"{name}-{i}")
     for name, xs in table.items()
     for i, x in enumerate(xs)

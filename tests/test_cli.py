@@ -1,5 +1,6 @@
 "The command line on tiny random models: what each command writes, and one clear line for bad input."
-import json, sys
+import json
+import sys
 from pathlib import Path
 
 import pytest

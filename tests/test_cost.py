@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from instructvideo_kit.diffusion.sampling import denoise
-from instructvideo_kit.diffusion.truncation import saved_bytes
 from instructvideo_kit.diffusion.schedule import ddim_timesteps
+from instructvideo_kit.diffusion.truncation import saved_bytes
 from instructvideo_kit.files import KitError
 from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.policy.lora import add_lora, disabled_lora, lora_parameters, merged_lora
 from instructvideo_kit.policy.recompute import recomputed, units
 from instructvideo_kit.reward.clip import ClipReward
-from instructvideo_kit.tuning.cache import DiskCache
 from instructvideo_kit.tuning.algorithm import tune
+from instructvideo_kit.tuning.cache import DiskCache
 from instructvideo_kit.tuning.instructvideo import InstructVideo, InstructVideoConfig, edit
 from instructvideo_kit.tuning.memory import MEMORY_PRESETS, check_memory, step_memory, with_memory_preset
 

@@ -1,5 +1,7 @@
 "The demo on tiny random models, its report, and the frames it says were chosen."
-import json, re, sys
+import json
+import re
+import sys
 from pathlib import Path
 
 import pytest

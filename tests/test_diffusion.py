@@ -10,9 +10,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from instructvideo_kit.diffusion.sampling import ddim_step, denoise, from_x0, guide, step_pairs, to_x0_eps
-from instructvideo_kit.diffusion.schedule import Schedule, corrupt, ddim_timesteps, ddim_to_ddpm, n_steps, noise_timestep, scaled_linear
+from instructvideo_kit.diffusion.schedule import (
+    Schedule,
+    corrupt,
+    ddim_timesteps,
+    ddim_to_ddpm,
+    n_steps,
+    noise_timestep,
+    scaled_linear,
+)
 from instructvideo_kit.diffusion.toy import ToyDenoiser, toy_clips
 from instructvideo_kit.diffusion.truncation import gradient_norms, saved_bytes, step_sensitivity, unet_cost
+
 
 def given(*args): return lambda test: settings(deadline=None, max_examples=40)(hypothesis.given(*args)(test))
 

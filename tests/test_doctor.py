@@ -90,7 +90,8 @@ def test_gpu(monkeypatch):
     says_no(doctor._gpu(), "CUDA build")
 
 def test_nvidia_smi(monkeypatch):
-    answer = lambda rc, text: lambda *a, **k: subprocess.CompletedProcess(a, rc, text)
+    def answer(rc, text):
+        return lambda *a, **k: subprocess.CompletedProcess(a, rc, text)
     monkeypatch.setattr(subprocess, "run", answer(0, "L4\nL4\n"))
     assert doctor._nvidia() == ["L4", "L4"]
     monkeypatch.setattr(subprocess, "run", answer(9, "no devices"))

@@ -1,8 +1,11 @@
 "files: locate, near, atomic writes."
 import os
+
 import pytest
+
 from instructvideo_kit import files
 from instructvideo_kit.files import KitError, atomic, locate, near, shipped, write_atomic
+
 
 @pytest.fixture
 def house(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 "The policy that draws from a caption and a first frame: what it starts as, what it refuses, and that files, batches and LoRA treat it as any other."
-import pytest, torch
+import pytest
+import torch
 from tiny import SIZE, tiny_pipeline
+
 from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.policy.first_frame import FirstFramePolicy, FirstFrameUNet3DModel, widened
 from instructvideo_kit.policy.lora import add_lora, merge_lora
@@ -32,7 +34,8 @@ def test_widening_leaves_the_dropout(t2v):
     finally: t2v.unet.mid_block.resnets[0].dropout.p = 0.
 
 def test_the_picture_makes_a_difference(looking):
-    draw = lambda image: looking.generate(PROMPTS, 3, seed=2, image=image)
+    def draw(image):
+        return looking.generate(PROMPTS, 3, seed=2, image=image)
     assert (draw(pictures()) - draw(pictures(seed=1))).abs().max() > 1e-3
 
 def test_a_clip_does_not_depend_on_its_batch(looking):
@@ -83,6 +86,7 @@ def test_the_shipped_one_keeps_its_picture():
     policy, chosen = VideoPolicy.from_pretrained("menagerie-i2v"), scenes("evaluation", 4, 3)
     image = render(chosen, torch.zeros(4, 1, dtype=torch.long))[:, 0]
     first = policy.generate([s.caption for s in chosen], 5, image=image)[:, 0]
-    apart = lambda other: (first - other).abs().mean((1, 2, 3))
+    def apart(other):
+        return (first - other).abs().mean((1, 2, 3))
     own, other = apart(image), apart(image.roll(1, 0))
     assert (own < other).all() and own.mean() < .7*other.mean(), (own, other)

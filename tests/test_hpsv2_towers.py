@@ -1,5 +1,6 @@
 "ClipReward against hpsv2's own scores of small random towers: recorded, and live wherever hpsv2 imports."
-import importlib.util, json
+import importlib.util
+import json
 from pathlib import Path
 
 import pytest

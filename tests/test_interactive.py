@@ -10,20 +10,27 @@ from einops import repeat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import tiny_pipeline
+from tiny_policies import tiny_policy, wake
 
 from instructvideo_kit.diffusion.prediction import PREDICTION_TYPES
 from instructvideo_kit.diffusion.sampling import denoise, from_x0, guide, to_x0_eps
 from instructvideo_kit.diffusion.schedule import Schedule
-from instructvideo_kit.interactive.blend import (
-    LAMBDA_SCHEDULES, Pair, blend_noise, blended, denoise_blended, lam_at_step, lambda_schedule, masked, noised_still)
 from instructvideo_kit.files import KitError
+from instructvideo_kit.interactive.blend import (
+    LAMBDA_SCHEDULES,
+    Pair,
+    blend_noise,
+    denoise_blended,
+    lam_at_step,
+    lambda_schedule,
+    masked,
+    noised_still,
+)
 from instructvideo_kit.interactive.drag import disc, displaced, fill, matte, moved, steered
 from instructvideo_kit.interactive.pipeline import InteractivePipeline, img2img, join_texts, to_image
 from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.policy.first_frame import FirstFramePolicy, widened
-
-from tiny import tiny_pipeline
-from tiny_policies import tiny_policy, wake
 
 PROMPT = ["a red cat runs"]
 
@@ -82,7 +89,8 @@ def single(policy, each, noise, start_at, n_ddim=3):
 def test_ends_are_the_single_runs_bit_for_bit(policy, reading, start):
     before, after = told(policy)
     noise = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
-    run = lambda lam: denoise_blended(policy, before, after, noise, lam, reading, n_ddim=3, start=start)
+    def run(lam):
+        return denoise_blended(policy, before, after, noise, lam, reading, n_ddim=3, start=start)
     ends = single(policy, before, noise, start), single(policy, after, noise, start)
     assert not torch.allclose(*ends, atol=1e-4)
     assert torch.equal(run(1), ends[0]) and torch.equal(run(0), ends[1])
@@ -111,7 +119,8 @@ def test_two_latents_blend_noise_not_velocity():
     from instructvideo_kit.interactive.blend import blended_twins
     model = blended_twins(Pair(policy, before, after), lam_at_step([.3], [t]), policy.schedule)
     alpha_bar = policy.schedule.at(t)
-    eps = lambda v, z: to_x0_eps(v, z, alpha_bar, "v_prediction")[1]
+    def eps(v, z):
+        return to_x0_eps(v, z, alpha_bar, "v_prediction")[1]
     p = model(torch.cat([z, z_edit]), t).chunk(2)
     expected = .3 * eps(policy.denoiser(**before)(z, t), z) + .7 * eps(policy.denoiser(**after)(z_edit, t), z_edit)
     for each, latents in zip(p, (z, z_edit)): assert torch.allclose(eps(each, latents), expected, atol=1e-4)
@@ -122,7 +131,8 @@ def test_two_latents_blend_noise_not_velocity():
 def test_blend_is_linear(kind, lam, w, alpha_bar, seed):
     "Before or after guidance, as epsilon or as the network's own prediction: the same up to rounding."
     a, b, c, d, z = torch.randn(5, 1, 2, 3, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    eps = lambda p: to_x0_eps(p, z, alpha_bar, kind)[1]
+    def eps(p):
+        return to_x0_eps(p, z, alpha_bar, kind)[1]
     assert torch.allclose(guide(blend_noise(a, b, lam), blend_noise(c, d, lam), w), blend_noise(guide(a, c, w), guide(b, d, w), lam))
     assert torch.allclose(eps(blend_noise(a, b, lam)), blend_noise(eps(a), eps(b), lam))
 
@@ -257,7 +267,8 @@ def test_steered_all_the_way_arrives(kind):
     policy = Toy(kind)
     target, noise = torch.rand(1, *policy.latent_shape), torch.randn(1, *policy.latent_shape)
     ts, model = policy.schedule.timesteps(4), policy.denoiser(**told(policy)[0])
-    run = lambda lam: denoise(steered(model, target, lam_at_step(lam, ts), policy.schedule), noise, ts, policy.schedule)
+    def run(lam):
+        return denoise(steered(model, target, lam_at_step(lam, ts), policy.schedule), noise, ts, policy.schedule)
     first, last = policy.schedule.at(int(ts[0])), policy.schedule.final_alpha_bar
     eps = (noise - first ** .5 * target) / (1 - first) ** .5
     assert torch.allclose(run(0.), last ** .5 * target + (1 - last) ** .5 * eps, atol=1e-3)
@@ -309,7 +320,8 @@ def test_policy_without_text(svd):
 def test_instructions_alone_and_together(pipeline):
     h, w = pipeline.size
     before, after = pictures(pipeline.size)
-    go = lambda **k: pipeline.video(before, "a red cat runs", n_ddim=4, **k)
+    def go(**k):
+        return pipeline.video(before, "a red cat runs", n_ddim=4, **k)
     plain = go()
     assert plain.shape == (1, pipeline.i2v.n_frames, 3, h, w) and plain.min() >= 0 and plain.max() <= 1
     assert torch.equal(go(start="noise"), pipeline.i2v.generate(n_ddim=4, noise=pipeline.i2v.noise([0], 0), **pipeline.told("a red cat runs", before)))
@@ -331,10 +343,12 @@ def test_hold_keeps_the_painted_place():
     pipeline = InteractivePipeline(Toy("v_prediction"))
     before = pictures(pipeline.size)[0]
     after = before.clone(); after[..., :2, :2] = 1 - after[..., :2, :2]
-    go = lambda **k: pipeline.video(before, "a", after, n_ddim=5, **k)
+    def go(**k):
+        return pipeline.video(before, "a", after, n_ddim=5, **k)
     assert torch.equal(go(lam=1., hold=.6), go(lam=1.)) and torch.equal(pipeline.video(before, "a", hold=.6, n_ddim=5), pipeline.video(before, "a", n_ddim=5))
     held, free = go(lam=0., hold=1.), go(lam=0.)
-    wrong = lambda clip: (clip[..., :2, :2] - after[:, None, :, :2, :2].clamp(0, 1)).abs().mean()
+    def wrong(clip):
+        return (clip[..., :2, :2] - after[:, None, :, :2, :2].clamp(0, 1)).abs().mean()
     assert wrong(held) < .03 and wrong(held) < wrong(free) / 2
 
 def test_following_costs_no_network():

@@ -4,15 +4,25 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from instructvideo_kit.measure.judges import agreement, chance, judge_table, mrr_bounds, pairwise_accuracy, table_text
 from instructvideo_kit.measure.metrics import rank_metrics
-from instructvideo_kit.menagerie.video_judge import DIMENSIONS, borrow_eyes, candidates, marks, naming_loss, new_video_judge, random_faults, spoil
+from instructvideo_kit.menagerie.video_judge import (
+    DIMENSIONS,
+    borrow_eyes,
+    candidates,
+    marks,
+    naming_loss,
+    new_video_judge,
+    random_faults,
+    spoil,
+)
 from instructvideo_kit.menagerie.world import Scene
 from instructvideo_kit.reward.clip import ClipReward
 from instructvideo_kit.reward.compose import WeightedReward, measure_scales, per_clip, vader_mixed
-from instructvideo_kit.reward.videoscore import VideoScoreReward, idefics_pictures
+from instructvideo_kit.reward.videoscore import VideoScoreReward
 from instructvideo_kit.widgets.judges import JudgeDashboard, judge_board, judge_order, pairs_in_common
 
 FOX = Scene("fox", "right", "meadow", 3)
@@ -199,7 +209,6 @@ def test_the_shipped_video_judge_does_not_mind_its_neighbours(video_judge):
 
 
 def test_the_video_judge_is_trained_and_goes_on_where_it_stopped(tmp_path):
-    from instructvideo_kit.menagerie.training import Run
     from instructvideo_kit.menagerie.video_judge import save_video_judge, train_video_judge
     whole, tokenizer = train_video_judge(tmp_path / "a", steps=2, n_clips=8, batch=2)
     rows = (tmp_path / "a/log.jsonl").read_text()

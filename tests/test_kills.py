@@ -115,7 +115,8 @@ def figures(rows): return [{k: v for k, v in row.items() if k not in ("seconds",
 def test_the_log_is_that_of_an_uninterrupted_run(home):
     killed, straight = (figures(read_log(home/name, None)) for name in ("killed", "straight"))
     assert killed == straight and len(straight) > 3
-    samples = lambda name: [(p.name, p.read_bytes()) for p in sorted((home/name).glob("samples/*"))]
+    def samples(name):
+        return [(p.name, p.read_bytes()) for p in sorted((home/name).glob("samples/*"))]
     assert samples("killed") == samples("straight")
     places = [home/name/"best.json" for name in ("killed", "straight")]
     best = [json.loads(place.read_text()) for place in places if place.exists()]

@@ -293,8 +293,9 @@ def test_a_bend_is_as_large_as_asked_and_never_three_times_that():
 
 
 def test_a_sprite_is_whole_again_even_after_an_error():
-    from instructvideo_kit.menagerie.oracle import drawn_with, some_parts
     import numpy as np
+
+    from instructvideo_kit.menagerie.oracle import drawn_with, some_parts
     fox = [Scene("fox", "left", "meadow", 1)]
     before, mask = render(fox), some_parts("fox", .3, np.random.default_rng(0))
     with pytest.raises(KeyError):
@@ -351,6 +352,7 @@ def test_two_half_shifts_and_a_whole_one(right, down, seed):
 
 def test_the_judge_of_64_pixels_is_saved_with_its_sizes_and_read_back(tmp_path):
     import json
+
     from instructvideo_kit.menagerie.judge import PICTURE, frame_size, judge_accuracy, new_judge, save_judge
     from instructvideo_kit.reward.clip import ClipReward
     save_judge(*new_judge(size=64), tmp_path)
@@ -363,7 +365,8 @@ def test_the_judge_of_64_pixels_is_saved_with_its_sizes_and_read_back(tmp_path):
 def test_a_half_written_checkpoint_is_not_loaded(tmp_path):
     from instructvideo_kit.menagerie.training import Run, fit
     net = torch.nn.Linear(2, 1)
-    loss = lambda step: net(torch.ones(1, 2)).square().sum()
+    def loss(step):
+        return net(torch.ones(1, 2)).square().sum()
     fit(Run(tmp_path, {"m": net}, 4), loss, every=2)
     (tmp_path / "checkpoint.tmp").write_bytes(b"half a checkpoint")
     assert Run(tmp_path, {"m": torch.nn.Linear(2, 1)}, 4).resume() == 4

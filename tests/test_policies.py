@@ -9,23 +9,49 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLCogVideoX, AutoencoderKLWan, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel, DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler, UNet3DConditionModel, UNetSpatioTemporalConditionModel, UniPCMultistepScheduler, WanTransformer3DModel)
+    AutoencoderKLCogVideoX,
+    AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXTransformer3DModel,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet3DConditionModel,
+    UNetSpatioTemporalConditionModel,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_policies import COGVIDEOX_SCHEDULER, FIRST_ORDER, SVD_SCHEDULER, WAN_SCHEDULER, tiny_policy
 
-from instructvideo_kit.diffusion.prediction import PREDICTION_TYPES, euler_step, from_rectified, rectified_alpha_bar, rectified_sigma, to_rectified
+from instructvideo_kit.diffusion.prediction import (
+    PREDICTION_TYPES,
+    euler_step,
+    from_rectified,
+    rectified_alpha_bar,
+    rectified_sigma,
+    to_rectified,
+)
 from instructvideo_kit.diffusion.sampling import ddim_step, denoise, from_x0, to_x0_eps
 from instructvideo_kit.diffusion.schedule import Schedule, corrupt
 from instructvideo_kit.diffusion.truncation import step_sensitivity
 from instructvideo_kit.files import KitError
 from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.policy.base import kinds
-from instructvideo_kit.policy.lora import LORA_FILE, TARGETS, add_lora, disabled_lora, load_lora, lora_parameters, merge_lora, save_lora
+from instructvideo_kit.policy.lora import (
+    LORA_FILE,
+    TARGETS,
+    add_lora,
+    disabled_lora,
+    load_lora,
+    lora_parameters,
+    merge_lora,
+    save_lora,
+)
 from instructvideo_kit.tuning.instructvideo import InstructVideoConfig, edit
-
-from tiny_policies import COGVIDEOX_SCHEDULER, FIRST_ORDER, SVD_SCHEDULER, WAN_SCHEDULER, tiny_policy
 
 PROMPTS = ["a red cat runs", "the blue horse swims left"]
 KINDS = ["modelscope", "cogvideox", "wan", "svd"]

@@ -10,14 +10,21 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tiny import tiny_pipeline
 
 from instructvideo_kit.diffusion.sampling import denoise
 from instructvideo_kit.files import KitError
 from instructvideo_kit.policy import VideoPolicy
-from instructvideo_kit.policy.lora import add_lora, disabled_lora, load_lora, lora_parameters, lora_state, merge_lora, save_lora
+from instructvideo_kit.policy.lora import (
+    add_lora,
+    disabled_lora,
+    load_lora,
+    lora_parameters,
+    lora_state,
+    merge_lora,
+    save_lora,
+)
 from instructvideo_kit.policy.patch_autoencoder import PatchAutoencoder, from_patches, patch_pca, to_patches
-
-from tiny import tiny_pipeline
 
 PROMPTS = ["a red cat runs", "the blue horse swims left"]
 KINDS = {"kl": "epsilon", "patch": "v_prediction"}
@@ -261,7 +268,8 @@ def test_start_is_seeded_and_leaves_the_global_generator_alone(opened):
         add_lora(policy, seed=seed)
         after.append(torch.equal(torch.get_rng_state(), before))
         states.append(lora_state(policy))
-    same = lambda a, b: all(torch.equal(a[k], b[k]) for k in a)
+    def same(a, b):
+        return all(torch.equal(a[k], b[k]) for k in a)
     assert same(states[0], states[1]) and not same(states[0], states[2]) and all(after)
 
 @pytest.mark.parametrize("grad_steps, w, batched", [(0, 3., True), (1, 1., True), (1, 3., True), (1, 3., False), (3, 1., True), (3, 3., True)])

@@ -8,13 +8,19 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_policies import tiny_policy
 
 from instructvideo_kit.files import KitError
 from instructvideo_kit.policy import VideoPolicy
-from instructvideo_kit.policy.lora import LORA_FILE, PEFT_FILE
-from instructvideo_kit.policy.lora import add_lora, load_lora, lora_parameters, merge_lora, save_lora
-
-from tiny_policies import tiny_policy
+from instructvideo_kit.policy.lora import (
+    LORA_FILE,
+    PEFT_FILE,
+    add_lora,
+    load_lora,
+    lora_parameters,
+    merge_lora,
+    save_lora,
+)
 
 PROMPTS = ["a red cat runs", "the blue horse swims left"]
 FRESH = '''

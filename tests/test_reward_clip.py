@@ -1,20 +1,42 @@
 "ClipReward and its input: parity with open_clip's towers, conversion, gradients, refusals."
-import json, os, warnings
+import json
+import os
+import warnings
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
 from instructvideo_kit.files import KitError
 from instructvideo_kit.reward import clip as clip_module
-from instructvideo_kit.reward.base import CLIP_MEAN, CLIP_STD, PREPROCESSINGS, augment, check_frames, clamp_frames, letterbox, preprocess
-from instructvideo_kit.reward.clip import (AestheticReward, ClipReward, aesthetic_head, clip_keys, convert_open_clip, load_tokenizer,
-                                           open_clip_config, open_clip_keys, rename_open_clip, write_tokenizer)
+from instructvideo_kit.reward.base import (
+    CLIP_MEAN,
+    CLIP_STD,
+    PREPROCESSINGS,
+    augment,
+    check_frames,
+    clamp_frames,
+    letterbox,
+    preprocess,
+)
+from instructvideo_kit.reward.clip import (
+    AestheticReward,
+    ClipReward,
+    aesthetic_head,
+    clip_keys,
+    convert_open_clip,
+    load_tokenizer,
+    open_clip_config,
+    open_clip_keys,
+    rename_open_clip,
+    write_tokenizer,
+)
 
 CAPTIONS = ["a fox runs on a meadow", "two snails"]
 
@@ -267,7 +289,8 @@ def test_gradient_against_finite_differences(reference, judge, how):
     frames = 0.1 + 0.8 * frames_of(1, 2, 40, 40 if how == "released" else 28).double()
     frames.requires_grad_()
     weights = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
-    f = lambda x: (exact(x, CAPTIONS[:1]) * weights).sum()
+    def f(x):
+        return (exact(x, CAPTIONS[:1]) * weights).sum()
     (gradient,) = torch.autograd.grad(f(frames), frames)
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from tiny import tiny_reward
 from torch import nn
 
 from instructvideo_kit.menagerie.captions import scenes
@@ -12,8 +13,6 @@ from instructvideo_kit.reward.base import check_trained
 from instructvideo_kit.reward.clip import AestheticReward, ClipReward
 from instructvideo_kit.reward.compose import WeightedReward, per_clip
 from instructvideo_kit.reward.videoscore import VideoScoreReward, write_small_videoscore
-
-from tiny import tiny_reward
 
 JUDGES = ["image", "video", "aesthetic", "sum"]
 ALIGNMENT = {"image": None, "video": "text_to_video_alignment"} # judge -> which of its numbers reads the caption
@@ -77,7 +76,8 @@ def test_an_image_judge_says_once_that_a_size_is_foreign(tmp_path):
     folder = tiny_reward(tmp_path)
     (folder / "kit.json").write_text(json.dumps({"name": "tiny", "trained": {"size": [12, 16]}}))
     judge = ClipReward.from_pretrained(folder)
-    frames = lambda side: torch.rand(1, 2, 3, side, side + 4)
+    def frames(side):
+        return torch.rand(1, 2, 3, side, side + 4)
     assert caught_by(lambda: judge(frames(12), ["a cat"])) == []
     assert caught_by(lambda: judge(frames(32), ["a cat"])) == ["tiny was trained on size 12 to 16, this clip has 32: "
                                                                "its scores are guesses here"]

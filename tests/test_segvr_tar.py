@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from instructvideo_kit.reward.segvr import segment_bounds, segment_frames, segmental_reward
 from instructvideo_kit.reward.tar import expected_weights, tar_center, tar_weights
 
+
 def given(*args): return lambda test: settings(deadline=None, max_examples=40)(hypothesis.given(*args)(test))
 
 sizes = st.integers(1, 40).flatmap(lambda f: st.tuples(st.just(f), st.integers(1, f)))
@@ -46,7 +47,8 @@ def test_fixed_modes_and_the_papers_grid():
     assert segment_frames(4, 4).tolist() == [[0, 1, 2, 3]]
 
 def test_generator_decides():
-    draw = lambda seed: segment_frames(64, 4, 8, generator=generator(seed)).tolist()
+    def draw(seed):
+        return segment_frames(64, 4, 8, generator=generator(seed)).tolist()
     assert draw(1) == draw(1) != draw(2)
     before = torch.get_rng_state()
     draw(1)

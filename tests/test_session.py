@@ -1,8 +1,16 @@
 "The edit session: laws of undo and redo, files good and bad, and what a brush changes and leaves alone."
-import json, math, subprocess, sys
-import numpy as np, pytest, torch
-from hypothesis import assume, given, settings, strategies as st
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+
 from instructvideo_kit.files import KitError
 from instructvideo_kit.interactive.session import Drag, EditSession, coverage, upright
 

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from tiny import tiny_pipeline
 
 from instructvideo_kit.diffusion.prediction import PREDICTION_TYPES
 from instructvideo_kit.diffusion.sampling import denoise
@@ -9,7 +10,7 @@ from instructvideo_kit.diffusion.schedule import Schedule, scaled_linear
 from instructvideo_kit.diffusion.solver import dpm2m, solve
 from instructvideo_kit.diffusion.toy import ToyDenoiser, toy_clips
 from instructvideo_kit.policy import VideoPolicy
-from tiny import tiny_pipeline
+
 
 def noise(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -61,7 +62,8 @@ def test_all_predictions_walk_the_same_chain(kind):
     clips = toy_clips(n_frames=2, size=6)[1]
     schedule, reference = Schedule(scaled_linear(), kind), Schedule(scaled_linear(), "sample")
     start = noise(2, *clips.shape[1:], dtype=torch.float64)
-    walk = lambda s: dpm2m(ToyDenoiser(clips, s).double(), start, s.timesteps(8), s)
+    def walk(s):
+        return dpm2m(ToyDenoiser(clips, s).double(), start, s.timesteps(8), s)
     assert torch.allclose(walk(schedule), walk(reference), atol=1e-8)
 
 def test_one_step_is_ddim_and_no_graph_is_left():

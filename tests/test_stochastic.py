@@ -11,8 +11,20 @@ from instructvideo_kit.diffusion.prediction import PREDICTION_TYPES, from_rectif
 from instructvideo_kit.diffusion.sampling import ddim_step, denoise, from_x0, step_pairs
 from instructvideo_kit.diffusion.schedule import Schedule, scaled_linear
 from instructvideo_kit.diffusion.stochastic import (
-    LEVELS, check_window, ddim_gaussian, draw_window, flow_gaussian, guarded_log_ratio, line_deviation,
-    log_probability, replay, spread_along, step_kl, stochastic_chain, transition)
+    LEVELS,
+    check_window,
+    ddim_gaussian,
+    draw_window,
+    flow_gaussian,
+    guarded_log_ratio,
+    line_deviation,
+    log_probability,
+    replay,
+    spread_along,
+    step_kl,
+    stochastic_chain,
+    transition,
+)
 from instructvideo_kit.diffusion.toy import ToyDenoiser
 from instructvideo_kit.tuning import ddpo
 

@@ -111,7 +111,8 @@ def test_the_button_stops_saved_and_the_run_goes_on_exactly(patch_folder, tmp_pa
     panel.go.click()
     result = panel.wait()
     assert result.finished and "finished" in panel.note.value
-    figures = lambda run: [(r["step"], r["loss"], r["grad_norm"]) for r in read_log(run)]
+    def figures(run):
+        return [(r["step"], r["loss"], r["grad_norm"]) for r in read_log(run)]
     assert figures(tmp_path/"run") == figures(straight.run_dir) # neither the stop nor the profiles changed a number
     steps = [s for s, _, _ in panel.profiles]
     assert (

@@ -94,9 +94,11 @@ def test_limits_of_the_objective():
 def test_full_tau_starts_near_pure_noise_and_small_tau_near_the_clip(patch_folder):
     policy = open_policy(patch_folder)
     z, eps = torch.zeros(1, *policy.latent_shape), draw_noise(policy.latent_shape, [example_generator(0, 0)])
-    run = lambda z, tau: edit(policy, z, eps, ["a cat"], InstructVideoConfig(tau=tau, guidance_scale=None, n_ddim=20))
+    def run(z, tau):
+        return edit(policy, z, eps, ["a cat"], InstructVideoConfig(tau=tau, guidance_scale=None, n_ddim=20))
     with torch.no_grad():
-        apart = lambda tau: (run(z + 1., tau) - run(z, tau)).square().mean().item() # how much of the clip comes through
+        def apart(tau):
+            return (run(z + 1., tau) - run(z, tau)).square().mean().item() # how much of the clip comes through
         assert 0 < apart(1.) < .3*apart(.1)
 
 

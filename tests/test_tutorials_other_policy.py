@@ -1,12 +1,17 @@
 """Tutorials with another model: each with the second line of its set-up, small random models in the place of the real ones, from top to bottom.
 
 Two cheap ones run always; KIT_OTHER_POLICY=all runs all of them (some minutes each), KIT_OTHER_POLICY="07 11" those."""
-import json, os, re
+import json
+import os
+import re
 from pathlib import Path
-import nbformat, pytest
+
+import nbformat
+import pytest
 from nbclient import NotebookClient
 from tiny import tiny_pipeline, tiny_reward
 from tiny_policies import tiny_policy
+
 from instructvideo_kit.reward.videoscore import write_small_videoscore
 
 SOLVED = Path(__file__).resolve().parent.parent/"tutorials/solved" # with the solutions in, so that every cell has what it needs

@@ -1,19 +1,41 @@
 "VideoScoreReward: the release's text, frames, pictures and weights; scores that no neighbour moves; gradients; refusals."
-import hashlib, json, os, re, warnings
+import hashlib
+import json
+import os
+import re
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from instructvideo_kit.files import KitError
 from instructvideo_kit.reward import videoscore as module
-from instructvideo_kit.reward.videoscore import (CHAT, DIMENSIONS, PROMPT, VIDEO, VideoScoreModel, VideoScoreQwenModel, VideoScoreQwenReward, VideoScoreReward,
-                                                 idefics_pictures, pick_dimension, picture_size, qwen_patches, qwen_size, videoscore_config, videoscore_frames,
-                                                 videoscore_qwen_config, videoscore_text, write_small_videoscore)
+from instructvideo_kit.reward.videoscore import (
+    CHAT,
+    DIMENSIONS,
+    PROMPT,
+    VIDEO,
+    VideoScoreModel,
+    VideoScoreQwenModel,
+    VideoScoreQwenReward,
+    VideoScoreReward,
+    idefics_pictures,
+    pick_dimension,
+    picture_size,
+    qwen_patches,
+    qwen_size,
+    videoscore_config,
+    videoscore_frames,
+    videoscore_qwen_config,
+    videoscore_text,
+    write_small_videoscore,
+)
 
 CAPTIONS = ["a fox runs on the meadow under the moon", "a snail sleeps"]
 
@@ -49,7 +71,8 @@ def copy(folder, tmp_path): # a folder to spoil
 
 def released_keys(vision_layers=27, resampler_layers=3, text_layers=32):
     "Names in the release's checkpoint, from the attribute names of its published class; the order does not matter."
-    both = lambda *names: [f"{n}.{p}" for n in names for p in ("weight", "bias")]
+    def both(*names):
+        return [f"{n}.{p}" for n in names for p in ("weight", "bias")]
     attention = [f"self_attn.{p}_proj" for p in ("q", "k", "v")]
     mlp = [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
     bare = [f"{a}.weight" for a in (*attention, "self_attn.o_proj")] + mlp + ["post_attention_layernorm.weight"]
@@ -68,7 +91,8 @@ def released_keys(vision_layers=27, resampler_layers=3, text_layers=32):
 
 def released_qwen_keys(vision_layers=32, text_layers=28):
     "Names in VideoScore-Qwen2-VL's checkpoint: those of transformers 4.45, where visual, model and score stood side by side."
-    both = lambda *names: [f"{n}.{p}" for n in names for p in ("weight", "bias")]
+    def both(*names):
+        return [f"{n}.{p}" for n in names for p in ("weight", "bias")]
     parts = {"visual.": ["patch_embed.proj.weight", *both("merger.ln_q", "merger.mlp.0", "merger.mlp.2")],
              "model.": ["embed_tokens.weight", "norm.weight"], "": both("score"),
              **{f"visual.blocks.{i}.": both("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2") for i in range(vision_layers)},
@@ -117,7 +141,8 @@ def test_epsilon_of_older_configurations(copy):
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["rms_norm_eps"] = 1e-3
     (copy / "config.json").write_text(json.dumps(config))
-    epsilon = lambda: VideoScoreReward.from_pretrained(copy).model.model.connector.perceiver_resampler.norm.variance_epsilon
+    def epsilon():
+        return VideoScoreReward.from_pretrained(copy).model.model.connector.perceiver_resampler.norm.variance_epsilon
     assert epsilon() == config["perceiver_config"].pop("rms_norm_eps") != 1e-3 # what the file says
     (copy / "config.json").write_text(json.dumps(config))
     assert epsilon() == 1e-3 # as the release's class, which has only one
@@ -243,7 +268,8 @@ def test_gradient_against_finite_differences(folder, qwen_folder, family, monkey
     exact = VideoScoreReward.from_pretrained(folder if family == "idefics2" else qwen_folder, dtype=torch.float64)
     video = (0.35 + 0.3 * clips(1, 2)).double().requires_grad_() # away from 0 and 1: where bicubic overshoots, the gradient passes straight through
     for dim in (*DIMENSIONS, "mean"):
-        f = lambda x: exact.score(x, CAPTIONS[:1], dim).sum()
+        def f(x):
+            return exact.score(x, CAPTIONS[:1], dim).sum()
         (g,) = torch.autograd.grad(f(video), video)
         d, delta = torch.randn(video.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 1e-5
         with torch.no_grad(): numeric = (f(video + delta * d) - f(video - delta * d)) / (2 * delta)

@@ -1,7 +1,6 @@
 "What a run does beside its steps: moving average, evaluations, the best LoRA, samples, trackers, stopping."
 import json
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,13 @@ from instructvideo_kit.tuning.online_dpo import OnlineDPOConfig
 from instructvideo_kit.tuning.rollouts import clip_judge
 from instructvideo_kit.tuning.run_folder import RunFolder, complete, read_log
 from instructvideo_kit.tuning.watch import (
-    best_step, flicker, held_out_evaluation, mean_interval, over_optimised, spread)
+    best_step,
+    flicker,
+    held_out_evaluation,
+    mean_interval,
+    over_optimised,
+    spread,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_tuning import SMALL, open_policy, patch_folder, redness, some_clips, tune  # noqa: E402,F401
@@ -212,7 +217,8 @@ def test_wandb_is_offline_and_inside_the_run_folder_unless_told_otherwise(patch_
         monkeypatch.setenv(f"WANDB_{kind}_DIR", "x"); monkeypatch.delenv(f"WANDB_{kind}_DIR")
     if mode: monkeypatch.setenv("WANDB_MODE", mode)
     policy = open_policy(patch_folder)
-    evaluate = lambda policy, step: {"reward": .5, "clips": {}}
+    def evaluate(policy, step):
+        return {"reward": .5, "clips": {}}
     tune(policy, redness, some_clips(policy), replace(CONFIG, tracker="wandb", eval_every=2), tmp_path/"run",
          evaluate=evaluate, progress=False)
     (name, config, options), *_ = calls

@@ -115,7 +115,8 @@ def test_strip_refuses(clip):
     with pytest.raises(ValueError, match="lam"): segment_strip(clip, 2, lam=-1.)
 
 def test_seed_moves_random_frames_only(clip):
-    frames = lambda mode, seed: segment_numbers(64, 4, mode=mode, seed=seed)["frames"]
+    def frames(mode, seed):
+        return segment_numbers(64, 4, mode=mode, seed=seed)["frames"]
     assert (
         frames("random", 0) != frames("random", 1)
         and frames("random", 1) == frames("random", 1)

@@ -4,13 +4,27 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder, AutoencoderKLWan, CogVideoXDDIMScheduler,
-    CogVideoXTransformer3DModel, EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler, UNetSpatioTemporalConditionModel, UniPCMultistepScheduler, WanTransformer3DModel)
-from transformers import (
-    CLIPVisionConfig, CLIPVisionModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel)
-
+    AutoencoderKLCogVideoX,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXTransformer3DModel,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNetSpatioTemporalConditionModel,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+)
 from tiny import WORDS, tiny_pipeline
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 CLIP_PIXELS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
                "image_processor_type": "CLIPImageProcessor"}

@@ -9,7 +9,10 @@ hpsv2 cannot live in the kit's environment (it pins protobuf<4 and pytest==7.2.0
 The recorded file was made with the versions it names; torchvision's compiled operators (boxes, which nobody calls here) were left out.
 Weights and pictures come from numpy's RandomState, whose numbers are frozen, so nothing but scores has to be kept.
 """
-import gzip, hashlib, json, tempfile
+import gzip
+import hashlib
+import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -59,15 +62,16 @@ def fingerprint(state): return hashlib.sha256(b"".join(state[k].numpy().tobytes(
 def pictures(seed=SEED):
     "One 8-bit RGB picture (h, w, 3) per shape: blotches, so that shrinking does not leave plain grey."
     rng = np.random.RandomState(seed + 1)
-    blotches = lambda h, w: np.kron(rng.randint(256, size=(h//4 + 1, w//4 + 1, 3)), np.ones((4, 4, 1), int))[:h, :w]
+    def blotches(h, w):
+        return np.kron(rng.randint(256, size=(h//4 + 1, w//4 + 1, 3)), np.ones((4, 4, 1), int))[:h, :w]
     return [(0.7*blotches(h, w) + 0.3*rng.randint(256, size=(h, w, 3))).astype(np.uint8) for h, w in SHAPES]
 
 
 def hpsv2_scores():
     "[caption][picture] under 'hpsv2' (score() as published), 'crop' (open_clip's other preprocessing), 'end_padded' (text padded with the end token)."
-    from PIL import Image
     from hpsv2 import img_score
     from hpsv2.src.open_clip import factory, tokenizer
+    from PIL import Image
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder/"small-hps.json").write_text(json.dumps(CONFIG))
@@ -77,26 +81,32 @@ def hpsv2_scores():
         try:
             torch.save({"state_dict": weights()}, folder/"HPS_v2_compressed.pt") # the official layout
             options = dict(precision="amp", device="cpu", aug_cfg={}, output_dict=True)
-            create = lambda light: factory.create_model_and_transforms("small-hps", light_augmentation=light, **options)
+            def create(light):
+                return factory.create_model_and_transforms("small-hps", light_augmentation=light, **options)
             model, _, letterbox = create(True)
             crop = create(False)[2]
             model.load_state_dict(weights()) # strict: every key, every shape
             img_score.model_dict.clear(), img_score.model_dict.update(model=model, preprocess_val=letterbox)
             img_score.device, images = "cpu", [Image.fromarray(x) for x in pictures()]
-            score = lambda image, caption: float(img_score.score(image, caption, cp=str(folder/"HPS_v2_compressed.pt"))[0])
+            def score(image, caption):
+                return float(img_score.score(image, caption, cp=str(folder/"HPS_v2_compressed.pt"))[0])
             published = [[score(image, caption) for image in images] for caption in CAPTIONS]
             ids = tokenizer.tokenize(CAPTIONS)
             padded = torch.where(torch.arange(77) > ids.argmax(1, keepdim=True), VOCABULARY - 1, ids)
             with torch.no_grad():
-                see = lambda look: model.encode_image(torch.stack([look(image) for image in images]), normalize=True)
-                towers = lambda text, look: (model.eval().encode_text(text, normalize=True) @ see(look).T).tolist()
+                def see(look):
+                    return model.encode_image(torch.stack([look(image) for image in images]), normalize=True)
+                def towers(text, look):
+                    return (model.eval().encode_text(text, normalize=True) @ see(look).T).tolist()
                 return {"hpsv2": published, "crop": towers(ids, crop), "end_padded": towers(padded, letterbox)}
         finally: tokenizer._tokenizer = full
 
 
 if __name__ == "__main__":
-    import hpsv2, torchvision
     from importlib.metadata import version
+
+    import hpsv2
+    import torchvision
     made_with = {name: version(name) for name in ("hpsv2", "torch", "torchvision", "numpy", "pillow")}
     record = dict(made_with=made_with, seed=SEED, weights_sha256=fingerprint(weights()), captions=CAPTIONS, shapes=SHAPES, scores=hpsv2_scores())
     GOLDEN.write_text(json.dumps(record, indent=1) + "\n")
