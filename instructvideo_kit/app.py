@@ -8,7 +8,9 @@ __all__ = ['best_device', 'placement', 'open_judge', 'held_out', 'menagerie_clip
            'evaluation_captions', 'compare_run', 'draw_samples', 'write_samples', 'ship']
 
 # %% ../nbs/93_app.ipynb #ca9a0004
-import io, os, shutil
+import io
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -238,7 +240,8 @@ def compare_run(
     oracle = open_oracle(model, sum(captions.values(), []) if isinstance(captions, dict) else captions)
     if oracle is None: note("no oracle: it reads the menagerie's captions and clips only")
     dimension = config.get("dimension", "temporal_consistency")
-    whole = lambda frames, texts: clip_scores(judge, frames, texts, dimension)[:, None]
+    def whole(frames, texts):
+        return clip_scores(judge, frames, texts, dimension)[:, None]
     pair = evaluate_before_after(model, judge if n_segments else whole, captions, lambda: load_lora(model, lora),
                                  seeds=seeds, n_ddim=n_ddim, n_segments=n_segments or model.n_frames, oracle=oracle)
     folder = out or (run if run.is_dir() else run.parent)/f"evaluation-d{n_ddim}"

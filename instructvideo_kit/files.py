@@ -6,7 +6,9 @@
 __all__ = ['KINDS', 'KitError', 'near', 'need', 'need_one_of', 'user_error', 'shipped', 'locate', 'atomic', 'write_atomic']
 
 # %% ../nbs/00_files.ipynb #6c38664b
-import difflib, os, re
+import difflib
+import os
+import re
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -87,7 +89,8 @@ def locate(
 )->Path: # existing folder, or the YAML file of a preset
     "Where the named weights or preset lie; KitError with near names when they are nowhere."
     known = shipped(kind)
-    if not str(name).strip(): raise KitError(f"the {kind} has an empty name; give a path or a name, {near(name, known)}")
+    if not str(name).strip():
+        raise KitError(f"the {kind} has an empty name; give a path or a name, {near(name, known)}")
     if str(name) in known: return known[str(name)]
     path = Path(name).expanduser()
     if path.exists(): return path
@@ -99,11 +102,13 @@ def locate(
 def atomic(
     path, # where the file shall end up
 ):
-    "Give a path beside `path` to write to; on success it replaces `path`, on an error it is removed and `path` is untouched."
+    """Give a path beside `path` to write to; on success it replaces `path`, on an error it is removed and `path` is
+    untouched."""
     path = Path(path)
     if path.is_dir(): raise KitError(f'"{path}" is a folder; give the name of a file')
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}-{os.getpid()}.tmp{path.suffix}") # the suffix stays: video writers choose their format by it
+    # the suffix stays: video writers choose their format by it
+    beside = path.with_name(f".{path.stem}-{os.getpid()}.tmp{path.suffix}")
     try:
         yield beside
         with open(beside, "rb") as f: os.fsync(f.fileno())

@@ -52,7 +52,8 @@ def n_steps(
     if not 0 < tau <= 1: raise ValueError(f"tau is {tau}; the noise level must lie in (0, 1] (1 runs the full chain)")
     if n_ddim < 1: raise ValueError(f"n_ddim is {n_ddim}; a chain needs at least one DDIM step, such as 20")
     if tau * n_ddim < 1 - 1e-9:    # 1e-9: tau = 1/49 times 49 may come out a hair below 1
-        raise ValueError(f"tau * n_ddim is {tau * n_ddim:g}; the chain needs at least one step: raise tau to {1 / n_ddim:g} or n_ddim")
+        raise ValueError(f"tau * n_ddim is {tau * n_ddim:g}; the chain needs at least one step: raise tau to "
+                         f"{1 / n_ddim:g} or n_ddim")
     return round(tau * n_ddim)
 
 def noise_timestep(
@@ -60,7 +61,8 @@ def noise_timestep(
     n_ddim:int, # D
     n_train:int=1000, # T
 )->int: # training step
-    "t_noi = d(tau * D), the training step to which a clip is corrupted, Eq. (4) of InstructVideo; ValueError as n_steps and ddim_to_ddpm."
+    """t_noi = d(tau * D), the training step to which a clip is corrupted, Eq. (4) of InstructVideo; ValueError as
+    n_steps and ddim_to_ddpm."""
     _check_n_ddim(n_ddim, n_train)
     return ddim_to_ddpm(n_steps(tau, n_ddim), n_ddim, n_train)
 
@@ -80,14 +82,19 @@ _FLOW = "FlowMatchEulerDiscreteScheduler, or UniPCMultistepScheduler with use_fl
 
 def _warn_ignored(config):
     "Say which settings of a diffusers scheduler the chain leaves aside."
-    names = ('clip_sample', 'thresholding', 'use_dynamic_shifting', 'shift_terminal', 'use_exponential_sigmas', 'use_beta_sigmas')
+    names = ('clip_sample', 'thresholding', 'use_dynamic_shifting', 'shift_terminal', 'use_exponential_sigmas',
+             'use_beta_sigmas')
     ignored = [k for k in names if config.get(k)]
-    if ignored: warnings.warn(f"the scheduler asks for {', '.join(ignored)}: ignored, the chain is first-order DDIM without clipping")
+    if ignored:
+        warnings.warn(
+            f"the scheduler asks for {', '.join(ignored)}: ignored, the chain is first-order DDIM without clipping")
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    "What a sampler must know about a model's noise: alpha_bar per training step, what the network predicts, where the chain ends."
-    alpha_bar: Tensor # (n_train,) diffusers' alphas_cumprod; float64 where it comes so close to 1 that float32 would round the noise away
+    """What a sampler must know about a model's noise: alpha_bar per training step, what the network predicts, where
+    the chain ends."""
+    # (n_train,) diffusers' alphas_cumprod; float64 where it comes so close to 1 that float32 would round the noise away
+    alpha_bar: Tensor
     prediction_type: str = 'epsilon' # one of PREDICTION_TYPES
     final_alpha_bar: float = 1.0 # alpha_bar after the last step; ModelScope: alpha_bar[0], not 1
     steps_offset: int = 1 # the last timestep of the grid, where spacing is "leading"
@@ -97,7 +104,8 @@ class Schedule:
     def __post_init__(self):
         check_prediction_type(self.prediction_type)
         if self.prediction_type == 'epsilon' and self.alpha_bar.min() <= 0:
-            raise ValueError("alpha_bar reaches 0, where an epsilon prediction says nothing of the clip: expected v_prediction")
+            raise ValueError(
+                "alpha_bar reaches 0, where an epsilon prediction says nothing of the clip: expected v_prediction")
 
     @property
     def n_train(self)->int:
@@ -112,7 +120,8 @@ class Schedule:
 
     @classmethod
     def rectified(cls, shift:float=1.0, n_train:int=1000, end:float=0.0, whole:bool=False)->'Schedule':
-        "Flow matching: sigma = shift_sigma(y, shift), y even from `end` (left out) to 1; the network is told T sigma, cut to `whole` numbers if asked."
+        """Flow matching: sigma = shift_sigma(y, shift), y even from `end` (left out) to 1; the network is told T
+        sigma, cut to `whole` numbers if asked."""
         y = end + (1 - end) * torch.arange(1, n_train + 1, dtype=torch.float64) / n_train
         sigma = shift_sigma(y, shift)
         if whole: sigma = sigma.clamp(max=1 - 1e-6) # UniPC begins a hair below 1, so that pure noise is told 999
@@ -121,21 +130,26 @@ class Schedule:
 
     @classmethod
     def karras(cls, sigma_min:float=0.002, sigma_max:float=700.0, rho:float=7.0, n_train:int=1000)->'Schedule':
-        "Stable Video Diffusion: sigmas of Karras et al. (2022), even in sigma^(1/rho); the network is told ln(sigma) / 4."
+        """Stable Video Diffusion: sigmas of Karras et al. (2022), even in sigma^(1/rho); the network is told
+        ln(sigma) / 4."""
         roots = torch.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), n_train, dtype=torch.float64)
         sigma = roots ** rho
         return cls(1 / (1 + sigma ** 2), 'v_prediction', spacing='linspace', times=(sigma.log() / 4).float())
 
     @classmethod
     def from_scheduler(cls, scheduler)->'Schedule':
-        "The schedule of a diffusers scheduler; warns about settings that our chain does not follow; ValueError for what it cannot follow."
+        """The schedule of a diffusers scheduler; warns about settings that our chain does not follow; ValueError for
+        what it cannot follow."""
         config = scheduler.config
-        kind, n_train = config.get('prediction_type', 'flow_prediction' if 'shift' in config else 'epsilon'), config.num_train_timesteps
+        kind = config.get('prediction_type', 'flow_prediction' if 'shift' in config else 'epsilon')
+        n_train = config.num_train_timesteps
         check_prediction_type(kind)
         _warn_ignored(config)
         if 'shift' in config: return cls.rectified(config['shift'], n_train) # FlowMatchEulerDiscreteScheduler
-        if config.get('use_flow_sigmas'): return cls.rectified(config['flow_shift'], n_train, end=1 / n_train, whole=True) # UniPC, DPM-Solver
-        if kind == 'flow_prediction': raise ValueError(f"the scheduler predicts a flow without use_flow_sigmas: expected {_FLOW}")
+        if config.get('use_flow_sigmas'):
+            return cls.rectified(config['flow_shift'], n_train, end=1 / n_train, whole=True) # UniPC, DPM-Solver
+        if kind == 'flow_prediction':
+            raise ValueError(f"the scheduler predicts a flow without use_flow_sigmas: expected {_FLOW}")
         if config.get('timestep_type') == 'continuous' and config.get('use_karras_sigmas'):
             return cls.karras(config['sigma_min'], config['sigma_max'], n_train=n_train)
         alpha_bar = scheduler.alphas_cumprod.float().cpu()
@@ -143,7 +157,8 @@ class Schedule:
         return cls(alpha_bar, kind, final, config.get('steps_offset', 0), config.get('timestep_spacing', 'leading'))
 
     def at(self, t):
-        "alpha_bar at training step t: a float for an int (final_alpha_bar for t < 0), a tensor (b,) for a LongTensor (b,)."
+        """alpha_bar at training step t: a float for an int (final_alpha_bar for t < 0), a tensor (b,) for a
+        LongTensor (b,)."""
         if isinstance(t, Tensor) and t.ndim: return self.alpha_bar.to(t.device)[t]
         if int(t) >= self.n_train:
             raise ValueError(f"timestep {int(t)} is outside the schedule 0..{self.n_train - 1}; take fewer DDIM steps")
@@ -155,7 +170,8 @@ class Schedule:
 
     def timesteps(self, n_ddim:int, tau:float=1.0)->Tensor:
         "ddim_timesteps with this schedule's T, spacing and offset."
-        return ddim_timesteps(n_ddim, self.n_train, tau, self.spacing) + (self.steps_offset - 1) * (self.spacing == 'leading')
+        return ddim_timesteps(n_ddim, self.n_train, tau,
+                              self.spacing) + (self.steps_offset - 1) * (self.spacing == 'leading')
 
 # %% ../../nbs/diffusion/00_schedule.ipynb #b24e05f5
 def per_sample(
@@ -163,8 +179,11 @@ def per_sample(
     z:Tensor, # (b, ...)
 ): # float, or tensor (b, 1, ...) that multiplies z sample by sample
     "alpha_bar_t in a shape that broadcasts over the samples of z; ValueError when a value is outside [0, 1]."
-    inside = ((0 <= alpha_bar_t) & (alpha_bar_t <= 1)).all() if isinstance(alpha_bar_t, Tensor) else 0 <= alpha_bar_t <= 1
-    if not inside: raise ValueError(f"alpha_bar_t is {alpha_bar_t}; a share of variance must lie in [0, 1] (did you pass a timestep?)")
+    inside = (((0 <= alpha_bar_t) & (alpha_bar_t <= 1)).all() if isinstance(alpha_bar_t, Tensor)
+              else 0 <= alpha_bar_t <= 1)
+    if not inside:
+        raise ValueError(
+            f"alpha_bar_t is {alpha_bar_t}; a share of variance must lie in [0, 1] (did you pass a timestep?)")
     if not isinstance(alpha_bar_t, Tensor) or alpha_bar_t.ndim == 0: return float(alpha_bar_t)
     return alpha_bar_t.to(z.device).reshape(-1, *[1] * (z.ndim - 1))
 
@@ -173,7 +192,9 @@ def corrupt(
     eps:Tensor, # noise, like z
     alpha_bar_t, # float in [0, 1], or one per sample (b,)
 )->Tensor: # z_t, like z
-    "z_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps, Eq. (5) of InstructVideo; ValueError on unequal shapes or a level not in [0, 1]."
-    if z.shape != eps.shape: raise ValueError(f"eps has shape {tuple(eps.shape)}; it must be that of z, {tuple(z.shape)}")
+    """z_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps, Eq. (5) of InstructVideo; ValueError on unequal shapes
+    or a level not in [0, 1]."""
+    if z.shape != eps.shape:
+        raise ValueError(f"eps has shape {tuple(eps.shape)}; it must be that of z, {tuple(z.shape)}")
     alpha_bar_t = per_sample(alpha_bar_t, z)
     return (alpha_bar_t ** 0.5 * z + (1 - alpha_bar_t) ** 0.5 * eps).to(z.dtype)

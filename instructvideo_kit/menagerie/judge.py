@@ -20,7 +20,7 @@ from torch import Tensor
 from ..files import KitError, write_atomic
 from ..machine import fast_autocast
 from .autoencoder import SIZE
-from .captions import combinations, scenes
+from .captions import scenes
 from .defects import degrade, render
 from .tokens import menagerie_tokenizer, token_ids
 from .training import Run, fit
@@ -132,7 +132,8 @@ def preference_loss(
     "Softmax preference over pairs (HPSv2), for quality and for content, with a little contrast over the batch."
     n = len(image) // 2
     (clean, faulty), (right, wrong) = image.split(n), text.split(n)
-    s = lambda a, b: (a * b).sum(-1)
+    def s(a, b):
+        return (a * b).sum(-1)
     quality = F.softplus(-scale * (s(clean, right) - s(faulty, right))).mean()
     content = sum(F.softplus(-scale * (s(x, right) - s(x, wrong))).mean() for x in (clean, faulty)) / 2
     among = F.cross_entropy(scale * clean @ right.T, torch.arange(n))

@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from ..diffusion.sampling import guide
-from ..diffusion.solver import solve
 from ..diffusion.schedule import Schedule
+from ..diffusion.solver import solve
 from ..files import KitError, locate, write_atomic
 from .patch_autoencoder import PatchAutoencoder
 
@@ -499,7 +499,7 @@ def lost_words(
     "What the text encoder does not read of a caption."
     def fits(text): return len(self.tokenizer(text, verbose=False).input_ids) <= self.max_tokens
     if fits(prompt): return ""
-    from instructvideo_kit.video.folder import caption_words # a Chinese or Japanese character counts as a word
+    from instructvideo_kit.video.folder import caption_words  # a Chinese or Japanese character counts as a word
 
     return prompt[max((at for at, _ in caption_words(prompt) if fits(prompt[:at].rstrip())), default=0):]
 
@@ -643,16 +643,19 @@ def generate(
     image:Tensor=None, # (b, 3, h, w) in [0, 1], for image-to-video policies, instead of prompts
     solver:str="ddim", # or "dpm2m", of second order: fewer steps for the same clip
 )->Tensor: # video (b, f, 3, h, w) in [0, 1]
-    "Full chain (no noise on the way), decoded and clamped. ValueError for another count of noises, or an unknown solver."
+    """Full chain (no noise on the way), decoded and clamped. ValueError for another count of noises, or an unknown
+    solver."""
     n = self.count(prompts, image)
     noise = self.noise(range(n), seed) if noise is None else noise.to(self.device)
     if len(noise) != n: raise ValueError(f"noise for {len(noise)} clips, but {n} prompts: expected as many")
     timesteps, starts, videos = self.schedule.timesteps(n_ddim), range(0, n, batch), []
-    part = lambda condition, i: None if condition is None else condition[i:i + batch]
+    def part(condition, i):
+        return None if condition is None else condition[i:i + batch]
     with tqdm(total=len(starts) * n_ddim, desc="sampling", disable=not progress) as bar:
         for i in starts:
             model = self.denoiser(part(prompts, i), guidance_scale, image=part(image, i))
-            tick = lambda *_: bar.update()
+            def tick(*_):
+                return bar.update()
             z_0 = solve(model, noise[i:i + batch], timesteps, self.schedule, solver, callback=tick)
             videos.append(self.decode(z_0).clamp(0, 1))
     return torch.cat(videos)
