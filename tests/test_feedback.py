@@ -175,7 +175,7 @@ def test_noise_and_k_are_found():
     phi = world()
     clean, noisy = (fit_votes(phi, *said(phi, 400, 1, 2., e), BLOCKS) for e in (0., .4))
     assert clean.noise < .06 and noisy.noise > 2*clean.noise # a weak taste and carelessness look alike: the estimate is low
-    assert clean.against < .12 and noisy.against > .18
+    assert clean.against < .1 and noisy.against > max(.14, 2*clean.against)
     assert fit_votes(phi, *said(phi, 400, 1, 1.2), BLOCKS).k < fit_votes(phi, *said(phi, 400, 1, 6.), BLOCKS).k
 
 
@@ -211,7 +211,7 @@ def test_active_asks_new_pairs_and_learns_at_least_as_fast():
         for n in range(4):
             candidates = candidate_pairs([""]*N, seed=seed*10 + n, taken=[(a, b) for a, b, _ in asked])
             pairs = active_pairs(head, phi, candidates, 8) if active else candidates[:8]
-            asked += [(int(a), int(b), int(np.sign(phi[a, 5] - phi[b, 5]))) for a, b in pairs]
+            asked += [(int(a), int(b), int((phi[a, 5] - phi[b, 5]).sign())) for a, b in pairs]
             head = fit_votes(phi, *zip(*asked), BLOCKS)
         assert len({frozenset(p[:2]) for p in asked}) == 32
         return accuracy(head, phi, *test)["accuracy"]
@@ -263,17 +263,19 @@ def test_reward_opens_through_every_door_and_has_a_gradient(session, tmp_path):
     from instructvideo_kit.reward.videoscore import VideoScoreReward
     reward = session.reward(session.fit())
     reward.save_pretrained(tmp_path/"mine")
-    clips, words = session.pool.pixels([0, 1]), session.pool.captions[:2]
+    clips, words = session.pool.pixels([0, 1])*.8 + .1, session.pool.captions[:2] # away from 0 and 1, where clamping would bend the slope
     for door in (ClipReward, VideoScoreReward):
         again = door.from_pretrained(tmp_path/"mine")
         assert torch.allclose(again(clips, words), reward(clips, words), atol=1e-5) and again(clips, words).shape == (2, 4)
     x = clips.clone().requires_grad_()
     reward(x, words).sum().backward()
     assert torch.isfinite(x.grad).all() and (x.grad.abs().amax((2, 3, 4)) > 0).all()
-    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    step = lambda h: reward.score((clips + h*direction).double().float(), words).sum().item()
-    slope, h = (x.grad/4*direction).sum().item(), 2e-3
-    assert (step(h) - step(-h))/(2*h) == pytest.approx(slope, rel=.05, abs=1e-2*abs(slope) + 1e-2)
+    exact = ClipReward.from_pretrained(tmp_path/"mine", dtype=torch.float64)
+    x = clips.double().requires_grad_()
+    direction, h = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 2e-5 # small: features that change have kinks
+    slope = (torch.autograd.grad(exact.score(x, words).sum(), x)[0]*direction).sum().item()
+    step = lambda h: exact.score(x.detach() + h*direction, words).sum().item()
+    assert (step(h) - step(-h))/(2*h) == pytest.approx(slope, rel=.03, abs=.03)
     redder = clips.clone()
     redder[:, :, 0] = (redder[:, :, 0] + .2).clamp(0, 1)
     assert (reward.score(redder, words) > reward.score(clips, words)).all()

@@ -109,7 +109,7 @@ def test_bad_input(folder, tmp_path):
     with pytest.warns(UserWarning, match="line 11 is left out"): assert len(st.read_votes(folder)) == 10
     next((folder/"clips").iterdir()).unlink()
     gone = st.StudyBallot(folder, "Mary")
-    with pytest.raises(KitError, match="is gone"): [gone.show() or gone.vote("same") for _ in range(10)]
+    with pytest.raises(KitError, match="is gone"): [(gone.show(), gone.vote("same")) for _ in range(10)]
     (folder/"study.json").write_text("{"); 
     with pytest.raises(KitError, match="damaged"): st.StudyPage(folder)
     (folder/"study.json").write_text('{"version": 2}')

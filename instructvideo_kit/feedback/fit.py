@@ -146,8 +146,8 @@ def fit_votes(
     head = Head(*frame, torch.zeros(frame[2].shape[1], dtype=torch.float64), torch.eye(frame[2].shape[1], dtype=torch.float64))
     z = head.coordinates(features.double())
     x, vote = (z[first] - z[second]).numpy(), vote.numpy()
-    best = max((_solve(x, vote, *_prior(x.shape[1], c, s)) for s in WIDTHS for c in SHIPPED), key=lambda found: found[-1])
-    w, hessian, head.k, head.noise, _ = best
+    found = [(_solve(x, vote, *_prior(x.shape[1], c, s)), c, s) for s in WIDTHS for c in SHIPPED]
+    w, hessian, head.k, head.noise, _ = max(found, key=lambda f: f[0][-1] + _belief(f[1], f[2]))[0]
     head.weights, head.votes = torch.from_numpy(w), len(vote)
     head.factor = torch.from_numpy(np.linalg.cholesky(np.linalg.inv(hessian)))
     decided = vote != 0
@@ -159,6 +159,10 @@ def _prior(d, c, s):
     w0 = np.zeros(d)
     w0[0] = c
     return w0, np.full(d, 1/s**2)
+
+def _belief(c, s):
+    "Log probability, before the votes, that the shipped judge counts c and a direction s: near 1 and 2, so that one vote does not turn the judge round."
+    return -.5*((c - 1)/.5)**2 - .5*math.log(s/2)**2
 
 def prior_head(
     features:torch.Tensor, # (m, D) of the pool
