@@ -1,6 +1,8 @@
-"""JupyterLab in a real Chromium, for tests that drive a page with the mouse. Pictures of the page are kept in runs/browser/.
+"""JupyterLab in a real Chromium, for tests that drive a page with the mouse. Pictures of the page are kept in
+runs/browser/.
 
-KIT_BROWSER_PATIENCE: seconds to wait for one thing (default 240; two busy cores are slow). KIT_BROWSER_SKIP=1: skip these tests."""
+KIT_BROWSER_PATIENCE: seconds to wait for one thing (default 240; two busy cores are slow). KIT_BROWSER_SKIP=1: skip
+these tests."""
 import contextlib
 import importlib.util
 import json
@@ -22,7 +24,8 @@ PICTURES = ROOT/"runs/browser"
 PATIENCE = float(os.environ.get("KIT_BROWSER_PATIENCE", 240))
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
 SETTINGS = {"apputils-extension/notification": dict(checkForUpdates=False, fetchNews="false", doNotDisturbMode=True),
-            "notebook-extension/tracker": dict(windowingMode="none")} # every cell is on the page, so that its pictures can be looked at
+            # every cell is on the page, so that its pictures can be looked at
+            "notebook-extension/tracker": dict(windowingMode="none")}
 
 def missing():
     "Why there can be no browser test here, or None."
@@ -63,27 +66,33 @@ def server(command, url, env, log):
 
 @contextlib.contextmanager
 def jupyter_lab(folder, home):
-    "A JupyterLab that sees `folder` and keeps all of its own files in `home`; gives a function from a notebook's name to its address."
+    """A JupyterLab that sees `folder` and keeps all of its own files in `home`; gives a function from a notebook's
+    name to its address."""
     for name, values in SETTINGS.items():
         path = home/f"settings/@jupyterlab/{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
-    own = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="runtime", IPYTHONDIR="ipython",
+    own = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="runtime",
+               IPYTHONDIR="ipython",
                JUPYTERLAB_SETTINGS_DIR="settings", JUPYTERLAB_WORKSPACES_DIR="workspaces")
     token, root = secrets.token_hex(8), hasattr(os, "getuid") and os.getuid() == 0
     url = f"http://127.0.0.1:{(port := free_port())}"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True",
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
+               "--ServerApp.port_retries=0",
+               f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={token}",
+               "--LabApp.expose_app_in_browser=True",
                *(["--allow-root"] if root else [])]
     env = {**os.environ, **{name: str(home/sub) for name, sub in own.items()}}
-    with server(command, f"{url}/api/status?token={token}", env, home/"lab.log"): yield lambda name: f"{url}/lab/tree/{name}?reset&token={token}"
+    with server(command, f"{url}/api/status?token={token}", env, home/"lab.log"):
+        yield lambda name: f"{url}/lab/tree/{name}?reset&token={token}"
 
 @contextlib.contextmanager
 def voila(folder, name, home):
     "One notebook as a web page without code; gives its address."
     url = f"http://127.0.0.1:{(port := free_port())}/"
     env = {**os.environ, "JUPYTER_RUNTIME_DIR": str(home/"runtime"), "IPYTHONDIR": str(home/"ipython")}
-    command = [sys.executable, "-m", "voila", str(folder/name), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
+    command = [sys.executable, "-m", "voila", str(folder/name), "--no-browser", f"--port={port}",
+               "--Voila.ip=127.0.0.1"]
     with server(command, f"{url}api/status", env, home/"voila.log"): yield url
 
 @contextlib.contextmanager
@@ -91,7 +100,8 @@ def chromium(width=1280, height=1100, **context):
     "A page of a headless Chromium that reaches this machine only; `page.refused` lists what it asked elsewhere."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS, timeout=1000*PATIENCE)
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS,
+                                             timeout=1000*PATIENCE)
         try:
             page = browser.new_page(viewport=dict(width=width, height=height), **context)
             page.set_default_timeout(1000*PATIENCE)

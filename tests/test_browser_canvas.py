@@ -1,4 +1,5 @@
-"""The canvas in JupyterLab: paint, drag, undo, redo, generate, compare, stop, save, reload and go on, with mouse, keyboard and touch.
+"""The canvas in JupyterLab: paint, drag, undo, redo, generate, compare, stop, save, reload and go on, with mouse,
+keyboard and touch.
 
 KIT_BROWSER_PIPELINE=menagerie-i2v makes the videos with that policy instead of a stand-in that slides the picture."""
 import importlib.util
@@ -59,7 +60,8 @@ def canvas(page, lab):
 @pytest.fixture
 def fresh(canvas):
     "Nothing on the picture, the brush in hand."
-    if ui(canvas).get_by_role("button", name="Clear").is_enabled(): ui(canvas).get_by_role("button", name="Clear").click()
+    if ui(canvas).get_by_role("button", name="Clear").is_enabled():
+        ui(canvas).get_by_role("button", name="Clear").click()
     ui(canvas).get_by_role("button", name="Brush").click()
     return canvas
 
@@ -83,7 +85,8 @@ PIXEL = "([x, y]) => [...document.querySelector('.ivk-paint').getContext('2d').g
 def ink(page, x, y): return page.evaluate(PIXEL, [x, y])
 def assert_page_shows_what_python_paints(page, folder):
     "Two rasterisers, one picture: edges may differ by a shade, nothing else."
-    data = page.evaluate("() => [...document.querySelector('.ivk-paint').getContext('2d').getImageData(0, 0, 32, 32).data]")
+    data = page.evaluate(
+        "() => [...document.querySelector('.ivk-paint').getContext('2d').getImageData(0, 0, 32, 32).data]")
     shown = np.array(data, dtype=np.float32).reshape(32, 32, 4)/255
     painted = EditSession.open(folder/"session.json").paint(Image.new("RGB", (32, 32)))
     apart = abs(shown[..., :3]*shown[..., 3:] - np.asarray(painted)/255)
@@ -92,18 +95,21 @@ def assert_page_shows_what_python_paints(page, folder):
 def notice(page): return page.locator(".ivk-notice").inner_text()
 def message(page): return page.locator(".ivk-message").inner_text()
 def arrows(page): return page.locator(".ivk-arrow.ivk-light").count()
-def last(folder, kind): return until(lambda: (lambda s: s and s[-1]["kind"] == kind and s[-1])(done(folder)), f"a {kind} on disk")
+def last(folder, kind):
+    return until(lambda: (lambda s: s and s[-1]["kind"] == kind and s[-1])(done(folder)), f"a {kind} on disk")
 
 def test_paint_drag_undo_redo_generate_save_reload_replay(fresh, folder, lab):
     page = fresh
     ui(page).get_by_role("button", name="yellow").click()
     pull(page, (21, 5), (26, 4), (24, 8))
     stroke = last(folder, "stroke")
-    assert stroke["colour"] == "#ffd23f" and abs(stroke["points"][0][0] - 21) < 0.3 and abs(stroke["points"][-1][1] - 8) < 0.3
+    assert stroke["colour"] == "#ffd23f" and abs(stroke["points"][0][0] - 21) < 0.3
+    assert abs(stroke["points"][-1][1] - 8) < 0.3
     assert ink(page, 25, 5) == [255, 210, 63, 255] and ink(page, 5, 25)[3] == 0
     assert_page_shows_what_python_paints(page, folder)
     ui(page).get_by_role("button", name="Mask").click()
-    pull(page, (20, 5), (27, 6)); last(folder, "mask_stroke")
+    pull(page, (20, 5), (27, 6))
+    last(folder, "mask_stroke")
     ui(page).get_by_role("button", name="Arrow").click()
     pull(page, (11, 19), (25, 19))
     drag = last(folder, "drag")
@@ -114,7 +120,8 @@ def test_paint_drag_undo_redo_generate_save_reload_replay(fresh, folder, lab):
     ui(page).get_by_role("button", name="Redo").click()
     last(folder, "drag")
     assert arrows(page) == 1
-    ui(page).get_by_label("Content").fill("a fox in the meadow"); ui(page).get_by_label("Motion").fill("the fox runs to the right")
+    ui(page).get_by_label("Content").fill("a fox in the meadow")
+    ui(page).get_by_label("Motion").fill("the fox runs to the right")
     ui(page).get_by_role("button", name="Generate").click()
     until(lambda: "left" in message(page) or POLICY, "progress")
     ui(page).get_by_role("button", name="Generate").click()
@@ -132,14 +139,16 @@ def test_paint_drag_undo_redo_generate_save_reload_replay(fresh, folder, lab):
     until(lambda: page.locator(".ivk-strip .ivk-screen").count() == 5, "the comparison")
     ui(page).get_by_role("button", name="Pause").click()
     ui(page).get_by_label("Frame").fill("6")
-    until(lambda: {each.get_attribute("data-frame") for each in page.locator(".ivk-screen").all()} == {"6"}, "all clips at frame 6")
+    until(lambda: {each.get_attribute("data-frame") for each in page.locator(".ivk-screen").all()} == {"6"},
+          "all clips at frame 6")
     picture(ui(page), "canvas_compared")
     before = on_disk(folder)
     page.reload(wait_until="domcontentloaded")
     open_notebook(page, lab("canvas.ipynb"))
     run_all(page)
     page.locator(".ivk-stage").wait_for()
-    until(lambda: page.locator(".ivk-stage").get_attribute("data-marks") == str(len(done(folder))), "the session to be there again")
+    until(lambda: page.locator(".ivk-stage").get_attribute("data-marks") == str(len(done(folder))),
+          "the session to be there again")
     assert on_disk(folder) == before and arrows(page) == 1 and ink(page, 25, 5) == [255, 210, 63, 255]
     assert ui(page).get_by_label("Motion").input_value() == "the fox runs to the right"
     page.locator(".ivk-stage").scroll_into_view_if_needed()
@@ -162,34 +171,43 @@ def test_keys(fresh, folder):
     for key in ("b", "ArrowRight", "Space", "ArrowRight", "ArrowRight", "ArrowDown", "Space"): page.keyboard.press(key)
     stroke = last(folder, "stroke")
     assert stroke["points"][0] == [17, 16] and stroke["points"][-1] == [19, 17]
-    page.keyboard.press("Control+z"); until(lambda: len(done(folder)) == n, "undo")
-    page.keyboard.press("Control+Shift+z"); until(lambda: len(done(folder)) == n + 1, "redo")
+    page.keyboard.press("Control+z")
+    until(lambda: len(done(folder)) == n, "undo")
+    page.keyboard.press("Control+Shift+z")
+    until(lambda: len(done(folder)) == n + 1, "redo")
     for key in ("a", "Space", "Shift+ArrowRight", "Space"): page.keyboard.press(key)
     last(folder, "drag")
-    page.keyboard.press("Delete"); last(folder, "delete_drag")
+    page.keyboard.press("Delete")
+    last(folder, "delete_drag")
     for key in "bamejk": page.keyboard.press(key)
     assert page.evaluate(cells) == n_cells
 
 def test_eraser_arrow_delete_and_refusals(fresh, folder):
     page = fresh
-    pull(page, (8, 8), (20, 8)); last(folder, "stroke")
+    pull(page, (8, 8), (20, 8))
+    last(folder, "stroke")
     ui(page).get_by_role("button", name="Eraser").click()
     pull(page, (8, 8), (20, 8))
     assert last(folder, "erase")["layer"] == "paint" and ink(page, 14, 8)[3] < 10
     ui(page).get_by_role("button", name="Arrow").click()
-    pull(page, (11, 19), (25, 19)); last(folder, "drag")
-    ui(page).get_by_role("button", name="delete arrow 1").click(); last(folder, "delete_drag")
+    pull(page, (11, 19), (25, 19))
+    last(folder, "drag")
+    ui(page).get_by_role("button", name="delete arrow 1").click()
+    last(folder, "delete_drag")
     assert arrows(page) == 0
     page.mouse.click(*at(page, 11, 19))
     assert "press, move, let go" in notice(page)
-    ui(page).get_by_label("Seed").fill("-4"); ui(page).get_by_label("Seed").press("Tab")
+    ui(page).get_by_label("Seed").fill("-4")
+    ui(page).get_by_label("Seed").press("Tab")
     until(lambda: "seed is -4" in notice(page), "the refusal of the seed")
-    ui(page).get_by_label("Seed").fill("5"); ui(page).get_by_label("Seed").press("Tab")
+    ui(page).get_by_label("Seed").fill("5")
+    ui(page).get_by_label("Seed").press("Tab")
     until(lambda: on_disk(folder)["seed"] == 5 and not notice(page), "the seed")
 
 def test_session_file_leaves_and_comes_back(fresh, folder, tmp_path):
     page = fresh
-    pull(page, (8, 8), (20, 8)); last(folder, "stroke")
+    pull(page, (8, 8), (20, 8))
+    last(folder, "stroke")
     with page.expect_download() as download: ui(page).get_by_role("button", name="Save session").click()
     download.value.save_as(tmp_path/"kept.json")
     kept = json.loads((tmp_path/"kept.json").read_text())
@@ -207,8 +225,12 @@ def test_touch_paints(fresh, folder):
     page, session = fresh, None
     wire = page.context.new_cdp_session(page)
     def touch(kind, *points):
-        wire.send("Input.dispatchTouchEvent", dict(type=kind, touchPoints=[dict(zip("xy", at(page, *p))) for p in points]))
-    touch("touchStart", (6, 20)); touch("touchMove", (12, 22)); touch("touchMove", (20, 24)); touch("touchEnd")
+        wire.send("Input.dispatchTouchEvent",
+                  dict(type=kind, touchPoints=[dict(zip("xy", at(page, *p))) for p in points]))
+    touch("touchStart", (6, 20))
+    touch("touchMove", (12, 22))
+    touch("touchMove", (20, 24))
+    touch("touchEnd")
     assert abs(last(folder, "stroke")["points"][-1][0] - 20) < 0.5
 
 def test_page_asked_nobody(canvas):
@@ -217,11 +239,13 @@ def test_page_asked_nobody(canvas):
 @pytest.mark.skipif(importlib.util.find_spec("voila") is None, reason="no voila: pip install -e '.[voila]'")
 def test_voila_page(page, folder, tmp_path):
     "The same notebook as a web page: paint, generate, see the video."
-    (folder/"session.json").unlink(missing_ok=True); (folder/"go").touch()
+    (folder/"session.json").unlink(missing_ok=True)
+    (folder/"go").touch()
     with voila(folder, "canvas.ipynb", tmp_path) as url:
         page.goto(url, wait_until="domcontentloaded")
         page.locator(".ivk-stage").wait_for()
-        pull(page, (21, 5), (26, 4)); last(folder, "stroke")
+        pull(page, (21, 5), (26, 4))
+        last(folder, "stroke")
         ui(page).get_by_role("button", name="Generate").click()
         until(lambda: message(page).startswith("done"), "the video")
         until(lambda: page.locator(".ivk-screen").first.get_attribute("data-frame"), "the video's first frame")

@@ -1,6 +1,8 @@
-"""Tutorials as a student opens them: Run All in JupyterLab leaves no red cell, and every widget's picture changes when it is used.
+"""Tutorials as a student opens them: Run All in JupyterLab leaves no red cell, and every widget's picture changes
+when it is used.
 
-KIT_BROWSER_TUTORIALS="01_start_here 05_segvr_and_tar" chooses others than the list below; each takes a minute or more."""
+KIT_BROWSER_TUTORIALS="01_start_here 05_segvr_and_tar" chooses others than the list below; each takes a minute or
+more."""
 import os
 import shutil
 import time
@@ -9,20 +11,25 @@ import pytest
 from browser import ROOT, jupyter_lab, missing, open_notebook, page, picture, run_all, until
 
 if reason := missing(): pytest.skip(reason, allow_module_level=True)
-TUTORIALS = os.environ.get("KIT_BROWSER_TUTORIALS", "01_start_here 02_noise_and_the_ddim_map 10_interactive_blending").split() # add a name here: tutorials/<name>.ipynb
-RUN = float(os.environ.get("KIT_BROWSER_RUN", 900)) # seconds for Run All; a tutorial may take four minutes on two cores that do nothing else
+# add a name here: tutorials/<name>.ipynb
+TUTORIALS = os.environ.get("KIT_BROWSER_TUTORIALS",
+                           "01_start_here 02_noise_and_the_ddim_map 10_interactive_blending").split()
+# seconds for Run All; a tutorial may take four minutes on two cores that do nothing else
+RUN = float(os.environ.get("KIT_BROWSER_RUN", 900))
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     "JupyterLab on a copy of the tutorials, as running them writes into them."
     folder = tmp_path_factory.mktemp("course")
-    for part in ("tutorials", "reproduction"): shutil.copytree(ROOT/part, folder/part, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs"))
+    for part in ("tutorials", "reproduction"):
+        shutil.copytree(ROOT/part, folder/part, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs"))
     with jupyter_lab(folder, tmp_path_factory.mktemp("home")) as address: yield address
 
 PANELS = ".jp-OutputArea .widget-vbox:has(> .widget-image)"
 
 def changes(panel, shown):
-    "Use a slider, else the lists from the last one on, until the picture is another; a ranking alone, say, changes nothing before the judge is revealed."
+    """Use a slider, else the lists from the last one on, until the picture is another; a ranking alone, say, changes
+    nothing before the judge is revealed."""
     src = shown.evaluate("e => e.src")
     for control in (*panel.locator("[role=slider]").all()[:1], *reversed(panel.locator("select").all())):
         if control.get_attribute("role") == "slider": move(control)

@@ -19,7 +19,8 @@ from tiny import N_FRAMES, SIZE, tiny_pipeline, tiny_preset, tiny_reward  # noqa
 def home(tmp_path_factory):
     "policy/, reward/, preset.yaml, clips/ and a finished run."
     home = tmp_path_factory.mktemp("cli")
-    tiny_pipeline(home/"policy", prediction_type="v_prediction", vae="patch"); tiny_reward(home/"reward")
+    tiny_pipeline(home/"policy", prediction_type="v_prediction", vae="patch")
+    tiny_reward(home/"reward")
     tiny_preset(home)
     generator = torch.Generator().manual_seed(0)
     for name in "ab": write_video(home/f"clips/{name}.mp4", torch.rand(10, 3, 24, 32, generator=generator))
@@ -57,7 +58,8 @@ def test_preview_shows_what_the_model_will_see_and_stops(home):
     answer = tune(home, home/"none", "--preview", home/"sheet.png")
     assert answer.exit_code == 0 and not (home/"none").exists(), answer.output
     assert min(Image.open(home/"sheet.png").size) >= SIZE
-    refused(call("tune", "--data", "menagerie", "--preset", home/"preset.yaml", "--preview", home/"no.png"), "--preview")
+    refused(call("tune", "--data", "menagerie", "--preset", home/"preset.yaml", "--preview", home/"no.png"),
+            "--preview")
 
 
 def test_resume_goes_on(home):
@@ -130,9 +132,11 @@ def test_unknown_model(home, tmp_path, kind):
 
 def test_bad_data(home, tmp_path):
     refused(tune(home, tmp_path/"out", data="nowhere"), 'nowhere": there is no such folder or file')
-    (home/"bare").mkdir(); (home/"bare/a.mp4").write_bytes((home/"clips/a.mp4").read_bytes())
+    (home/"bare").mkdir()
+    (home/"bare/a.mp4").write_bytes((home/"clips/a.mp4").read_bytes())
     refused(tune(home, tmp_path/"out", data="bare"), "no captions", "metadata.csv")
-    (home/"broken").mkdir(); (home/"broken/x.mp4").write_text("not a video")
+    (home/"broken").mkdir()
+    (home/"broken/x.mp4").write_text("not a video")
     (home/"broken/metadata.csv").write_text("file_name,text\nx.mp4,a cat\n")
     refused(tune(home, tmp_path/"out", data="broken"), "none of the 1 clips", "x.mp4")
     assert not (tmp_path/"out").exists()
@@ -178,8 +182,11 @@ def test_a_bug_is_not_dressed_up():
 def test_menagerie_train(tmp_path, monkeypatch):
     from instructvideo_kit.menagerie import oracle
     asked = {}
-    def train_oracle(folder, **options): asked.update(options); return oracle.OracleNet()
-    monkeypatch.setattr(oracle, "train_oracle", train_oracle); monkeypatch.setattr(cli, "HERE", tmp_path/"package")
+    def train_oracle(folder, **options):
+        asked.update(options)
+        return oracle.OracleNet()
+    monkeypatch.setattr(oracle, "train_oracle", train_oracle)
+    monkeypatch.setattr(cli, "HERE", tmp_path/"package")
     answer = call("menagerie", "train", "--part", "oracle", "--out", tmp_path/"o", "--steps", 3, "--ship")
     assert answer.exit_code == 0, answer.output
     assert asked == {"seed": 0, "steps": 3}

@@ -12,7 +12,8 @@ sys.path.insert(0, str(ROOT/"tools")) # test.py imports clean.py beside it
 
 def tool(name, path):
     spec = importlib.util.spec_from_file_location(name, ROOT/path)
-    module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 editions, ci = tool("editions", "tools/editions.py"), tool("ci_test", "tools/test.py")
@@ -29,16 +30,20 @@ def my_double(x):
     return y
     ### END SOLUTION
 """
-GRADED = "#| graded double 2\nright = check.double(my_double)\n### BEGIN HIDDEN TESTS\nassert right\n### END HIDDEN TESTS"
+GRADED = ("#| graded double 2\nright = check.double(my_double)\n### BEGIN HIDDEN TESTS\nassert right\n### END HIDDEN "
+          "TESTS")
 
 def cell(text, kind="code"):
-    extra = dict(outputs=[dict(output_type="stream", name="stdout", text="1")], execution_count=3) if kind == "code" else {}
+    extra = (dict(outputs=[dict(output_type="stream", name="stdout", text="1")], execution_count=3)
+             if kind == "code" else {})
     return dict(cell_type=kind, id=str(abs(hash(text)))[:8], metadata={}, source=text, **extra)
 
-def notebook(*cells): return dict(cells=[cell("# Title\n> subtitle", "markdown"), *cells], metadata={}, nbformat=4, nbformat_minor=5)
+def notebook(*cells):
+    return dict(cells=[cell("# Title\n> subtitle", "markdown"), *cells], metadata={}, nbformat=4, nbformat_minor=5)
 
 def small():
-    setup, hint = cell("#| setup\nfrom instructvideo_kit import doctor"), cell("<details><summary>Hint 1</summary>Twice.</details>", "markdown")
+    setup = cell("#| setup\nfrom instructvideo_kit import doctor")
+    hint = cell("<details><summary>Hint 1</summary>Twice.</details>", "markdown")
     return notebook(setup, cell(ANSWER), cell(GRADED), hint)
 
 @pytest.fixture
@@ -72,7 +77,8 @@ def test_solved_edition_keeps_code_and_hidden_test(root):
 def test_master_keeps_outputs_and_gets_metadata(root):
     nb = written(root)["01_small.ipynb"]
     answer, graded = nb["cells"][2]["metadata"]["nbgrader"], nb["cells"][3]["metadata"]["nbgrader"]
-    assert (answer["grade"], answer["solution"], graded["grade"], graded["locked"], graded["points"]) == (False, True, True, True, 2)
+    assert ((answer["grade"], answer["solution"], graded["grade"], graded["locked"], graded["points"])
+            == (False, True, True, True, 2))
     assert answer["grade_id"] != graded["grade_id"] and nb["cells"][2]["outputs"]
     assert "".join(nb["cells"][2]["source"]) == ANSWER
 
@@ -94,7 +100,9 @@ def test_odd_masters_are_named(cells, words): assert any(words in p for p in edi
 
 def test_a_changed_edition_is_noticed(root):
     wanted = editions.files_of(root/"tutorials/01_small.ipynb")
-    for p, t in wanted.items(): p.parent.mkdir(exist_ok=True); p.write_text(t)
+    for p, t in wanted.items():
+        p.parent.mkdir(exist_ok=True)
+        p.write_text(t)
     assert editions.stale(wanted) == [] and editions.strays(root) == []
     student = root/"tutorials/student/01_small.ipynb"
     student.write_text(student.read_text().replace("about 2 lines", "..."))
@@ -103,13 +111,16 @@ def test_a_changed_edition_is_noticed(root):
 
 def test_writing_twice_changes_nothing(root):
     path = root/"tutorials/01_small.ipynb"
-    for p, t in (first := editions.files_of(path)).items(): p.parent.mkdir(exist_ok=True); p.write_text(t)
+    for p, t in (first := editions.files_of(path)).items():
+        p.parent.mkdir(exist_ok=True)
+        p.write_text(t)
     assert editions.files_of(path) == first
 
 # Every tutorial of this checkout
 
 def cells_of(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
-def text_of(path, kind=None): return "\n".join(editions.source(c) for c in cells_of(path) if kind in (None, c["cell_type"]))
+def text_of(path, kind=None):
+    return "\n".join(editions.source(c) for c in cells_of(path) if kind in (None, c["cell_type"]))
 
 @every_master
 def test_editions_are_in_step(path): assert editions.stale(editions.files_of(path)) == [], "run `make editions`"
@@ -131,7 +142,8 @@ def test_opening_is_in_the_usual_form(path):
     first, card = (editions.source(c) for c in cells_of(path)[:2])
     assert re.match(r"# .+\n> .+", first)
     for row in ("device", "memory", "minutes", "you know already", "symbols"): assert f"| {row} |" in card, row
-    assert re.search(r"\| minutes \| \d+ to read, [\d.]+ to run, \d+ with the exercises \|", card) and ci.minutes_to_run(path) <= 4
+    assert re.search(r"\| minutes \| \d+ to read, [\d.]+ to run, \d+ with the exercises \|", card)
+    assert ci.minutes_to_run(path) <= 4
     assert "Predict" in card and all(f"({i})" in card for i in (1, 2, 3))
 
 @every_master
@@ -164,7 +176,8 @@ def test_notebooks_are_small_and_carry_no_widget_state(path):
 def test_links_name_what_exists(path):
     found = re.findall(r"`((?:nbs|instructvideo_kit|tutorials)/[\w/.]+)`", text_of(path, "markdown"))
     missing = [f for f in found if not any((ROOT/(f + e)).exists() for e in ("", ".ipynb"))]
-    others = [f for f in re.findall(r"`(\d\d_\w+)`", text_of(path, "markdown")) if not list(ROOT.glob(f"tutorials/{f}*.ipynb")) + list(ROOT.glob(f"nbs/*/{f}.ipynb"))]
+    others = [f for f in re.findall(r"`(\d\d_\w+)`", text_of(path, "markdown"))
+              if not list(ROOT.glob(f"tutorials/{f}*.ipynb")) + list(ROOT.glob(f"nbs/*/{f}.ipynb"))]
     assert missing == [] and others == []
 
 # The times on the cards
@@ -174,7 +187,8 @@ SAID = "Starting /x/a.ipynb\nSuccess.\na.ipynb: 60 secs\nb.ipynb: 200 secs\nc.ip
 def test_times_are_read(): assert ci.seconds_of(SAID) == {"a.ipynb": 60, "b.ipynb": 200, "c.ipynb": 130}
 
 def test_output_is_passed_on_and_kept(capfd):
-    assert ci.spoken([sys.executable, "-c", "print('x.ipynb: 3 secs'); raise SystemExit(2)"]) == (2, "x.ipynb: 3 secs\n")
+    assert (ci.spoken([sys.executable, "-c", "print('x.ipynb: 3 secs'); raise SystemExit(2)"])
+            == (2, "x.ipynb: 3 secs\n"))
     assert "3 secs" in capfd.readouterr().out
 
 def test_a_card_that_is_off_is_named_and_a_slow_machine_is_not():
@@ -182,12 +196,15 @@ def test_a_card_that_is_off_is_named_and_a_slow_machine_is_not():
     assert [("WARNING" in line) for line in lines] == [False, True, False, False]
     assert "2.17 times" in lines[-1] and "off" in lines[-1]
     assert not any("WARNING" in line for line in ci.beside_cards({"a": 30, "b": 60, "c": 90}, {"a": 1, "b": 2, "c": 3}))
-    assert not any("WARNING" in line for line in ci.beside_cards({"a": 1, "b": 60, "c": 60}, {"a": .1, "b": 1, "c": 1})) # five seconds are nothing
+    # five seconds are nothing
+    assert not any("WARNING" in line for line in ci.beside_cards({"a": 1, "b": 60, "c": 60}, {"a": .1, "b": 1, "c": 1}))
     assert ci.beside_cards({"a": 30}, {"a": None}) == []
 
 # The symbol table and the pages made from the modules
 
-def symbols(): return [line.split("|")[2].strip().strip("`") for line in (ROOT/"docs/symbols.md").read_text(encoding="utf-8").splitlines() if line.startswith("| $")]
+def symbols():
+    return [line.split("|")[2].strip().strip("`")
+            for line in (ROOT/"docs/symbols.md").read_text(encoding="utf-8").splitlines() if line.startswith("| $")]
 
 @pytest.mark.parametrize("name", symbols())
 def test_every_symbol_exists(name):
@@ -206,7 +223,8 @@ docs = tool("docs_pages", "tools/docs.py")
 
 def test_a_page_shows_the_head_of_each_function_and_nothing_of_its_body():
     page = docs.api_page(ROOT/"instructvideo_kit/reward/tar.py")
-    assert "# instructvideo_kit.reward.tar" in page and "## tar_weights" in page and "lam:float=1.0, # decay" in page and "Eq. (7)" in page
+    assert "# instructvideo_kit.reward.tar" in page and "## tar_weights" in page
+    assert "lam:float=1.0, # decay" in page and "Eq. (7)" in page
     assert "torch.exp" not in page and "nbs/reward/02_tar.ipynb" in page
 
 def test_classes_show_fields_and_methods():
@@ -221,20 +239,26 @@ def test_slides_open_at_headings_and_leave_the_machinery_out():
     made = slides.as_slides(nb)["cells"]
     kinds = {editions.source(c).split("\n")[0]: c["metadata"]["slideshow"]["slide_type"] for c in made}
     assert kinds["# Title"] == kinds["## A heading"] == "slide" and kinds["some text"] == "subslide"
-    assert kinds["#| setup"] == kinds["#| graded double 2"] == kinds["<details><summary>Hint 1</summary>Twice.</details>"] == "skip"
+    assert (kinds["#| setup"] == kinds["#| graded double 2"]
+            == kinds["<details><summary>Hint 1</summary>Twice.</details>"] == "skip")
     assert "2 * x" not in "".join(editions.source(c) for c in made) and len({c["id"] for c in made}) == len(made)
 
 def test_slides_need_no_require_js():
-    page = '<script src="https://x/require.min.js"></script><script src="https://x/jquery.min.js"></script>text<script>\nrequire(\n {}, function(R){ R.initialize({}) });\n</script></html>'
+    page = ('<script src="https://x/require.min.js"></script><script '
+            'src="https://x/jquery.min.js"></script>text<script>\nrequire(\n {}, function(R){ R.initialize({}) '
+            '});\n</script></html>')
     made = slides.start_plainly(page, "reveal.js")
-    assert "require" not in made and "jquery" not in made and 'src="reveal.js/dist/reveal.js"' in made and made.startswith("text")
+    assert "require" not in made and "jquery" not in made
+    assert 'src="reveal.js/dist/reveal.js"' in made and made.startswith("text")
 
 @every_master
 def test_quiz_is_of_the_usual_form(path):
     from instructvideo_kit.check.quiz import QUIZZES
     number, (questions,) = path.name[:2], [s for s in map(editions.source, cells_of(path)) if "## Quiz" in s]
     asked = re.split(r"(?m)^\*\*(?=[123]\.\*\* )", questions.split("## Quiz")[1])[1:]
-    assert [q[0] for q in asked] == ["1", "2", "3"] and all(f"({letter}) " in q.replace("\n", " ") for q in asked for letter in "abc")
+    assert [q[0] for q in asked] == ["1", "2", "3"]
+    assert all(f"({letter}) " in q.replace("\n", " ") for q in asked for letter in "abc")
     assert f"check.quiz('{number}', None, None, None);" in text_of(path, "code"), "the answers at once"
     answer = re.search(r"<summary>Answer</summary>(.*?)</details>", text_of(path, "markdown"), re.S)[1]
-    for i, question in enumerate(QUIZZES[number], 1): assert re.search(rf"\b{i} {question.right}\b", answer), f"question {i}: {question.right}"
+    for i, question in enumerate(QUIZZES[number], 1):
+        assert re.search(rf"\b{i} {question.right}\b", answer), f"question {i}: {question.right}"

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the text encoder takes", "ignore
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("demo")
-    tiny_pipeline(home/"policy", prediction_type="v_prediction", vae="patch"); tiny_reward(home/"reward")
+    tiny_pipeline(home/"policy", prediction_type="v_prediction", vae="patch")
+    tiny_reward(home/"reward")
     tiny_preset(home, batch=2)
     return home
 
@@ -69,7 +70,8 @@ def test_a_demo_replaces_a_demo_and_nothing_else(run, home, capsys):
     said = capsys.readouterr().out
     assert not (home/"out/old.txt").exists() and (home/"out/report.html").exists()
     assert [f"[{i}/5]" in said for i in range(1, 6)] == [True]*5 and "left" in said
-    (home/"mine").mkdir(); (home/"mine/thesis.txt").write_text("years")
+    (home/"mine").mkdir()
+    (home/"mine/thesis.txt").write_text("years")
     with pytest.raises(KitError, match="holds something else"):
         demo.run_demo(home/"mine", preset=home/"preset.yaml", size=SMALL)
     assert (home/"mine/thesis.txt").read_text() == "years"
@@ -95,9 +97,12 @@ def test_sources_of_settings(home):
 def test_stages_learn_their_pace(capsys):
     now = [0.]
     stages = demo.Stages(["a", "b", "c"], clock=lambda: now[0])
-    stages.works |= {"a": 10, "b": 10, "c": 20}; stages.seconds = 100.
-    stages.begin("a"); now[0] = 20.
-    stages.begin("b"); now[0] = 60.
+    stages.works |= {"a": 10, "b": 10, "c": 20}
+    stages.seconds = 100.
+    stages.begin("a")
+    now[0] = 20.
+    stages.begin("b")
+    now[0] = 60.
     stages.begin("c")
     said = capsys.readouterr().out.splitlines()
     assert [re.search(r"about (.*) left", line)[1] for line in said] == ["67 min", "60 s", "80 s"]

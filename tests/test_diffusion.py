@@ -29,10 +29,12 @@ KINDS = ("epsilon", "v_prediction", "sample")
 SHIPPED = Path(__file__).parents[1] / "instructvideo_kit/weights/policy/menagerie/scheduler"
 
 def scheduler(kind="epsilon", to_one=False, **kwargs):
-    return DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=to_one,
+    return DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+                         set_alpha_to_one=to_one,
                          **{"steps_offset": 1, "prediction_type": kind, **kwargs})
 
-def noise(*shape, seed=0, dtype=torch.float64): return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 class Net(torch.nn.Module):
     "Stands for a UNet: depends on z, t and on two weights."
@@ -44,7 +46,7 @@ class Net(torch.nn.Module):
         self.calls += 1
         return torch.tanh(self.a[0].to(z.dtype) * z + self.a[1].to(z.dtype) * z.roll(1, 2) + t / 1000)
 
-# --- schedule -------------------------------------------------------------------------------------------------------------------------
+# --- schedule ---------------------------------------------------------------------------------------------------------
 
 def test_the_papers_numbers():
     assert [ddim_to_ddpm(i, 20) for i in (1, 2, 19, 20)] == [1, 51, 901, 951]
@@ -83,8 +85,10 @@ def test_tau_outside_is_refused(tau):
     (lambda: ddim_timesteps(1001), "1001"),
     (lambda: ddim_timesteps(50, n_train=40), "n_train = 40"), (lambda: ddim_to_ddpm(0, 20), "1-based"),
     (lambda: ddim_to_ddpm(21, 20), "1..20"),
-    (lambda: Schedule(scaled_linear(), "score"), "score"), (lambda: Schedule.modelscope().at(1000), "outside the schedule"),
-    (lambda: corrupt(torch.zeros(2, 3), torch.zeros(3), 0.5), "shape"), (lambda: corrupt(torch.zeros(2), torch.zeros(2), 551), "timestep"),
+    (lambda: Schedule(scaled_linear(), "score"), "score"),
+    (lambda: Schedule.modelscope().at(1000), "outside the schedule"),
+    (lambda: corrupt(torch.zeros(2, 3), torch.zeros(3), 0.5), "shape"),
+    (lambda: corrupt(torch.zeros(2), torch.zeros(2), 551), "timestep"),
     (lambda: corrupt(torch.zeros(2), torch.zeros(2), torch.tensor([0.1, -0.1])), r"\[0, 1\]"),
 ])
 def test_bad_input_has_one_clear_line(call, words):
@@ -94,7 +98,8 @@ def test_bad_input_has_one_clear_line(call, words):
 def test_schedule_reads_a_diffusers_scheduler():
     assert torch.equal(scaled_linear(), scheduler().alphas_cumprod)
     ours = Schedule.from_scheduler(scheduler("v_prediction", to_one=True))
-    assert (ours.n_train, ours.prediction_type, ours.final_alpha_bar, ours.steps_offset) == (1000, "v_prediction", 1.0, 1)
+    assert ((ours.n_train, ours.prediction_type, ours.final_alpha_bar, ours.steps_offset)
+            == (1000, "v_prediction", 1.0, 1))
     assert Schedule.from_scheduler(scheduler()).final_alpha_bar == scheduler().alphas_cumprod[0].item()
     assert Schedule.modelscope("v_prediction").final_alpha_bar == scheduler().alphas_cumprod[0].item()
     with pytest.warns(UserWarning, match="clip_sample: ignored"):
@@ -114,7 +119,7 @@ def test_corrupt_keeps_the_dtype():
     z = torch.zeros(2, 3, dtype=torch.bfloat16)
     assert corrupt(z, z, torch.tensor([0.2, 0.3])).dtype == corrupt(z, z, 0.2).dtype == torch.bfloat16
 
-# --- one step -------------------------------------------------------------------------------------------------------------------------
+# --- one step ---------------------------------------------------------------------------------------------------------
 
 @given(st.floats(0.001, 0.9999), st.sampled_from(KINDS), st.integers(0, 99))
 def test_prediction_and_x0_eps_are_inverse(alpha_bar_t, kind, seed):
@@ -123,7 +128,8 @@ def test_prediction_and_x0_eps_are_inverse(alpha_bar_t, kind, seed):
     assert torch.allclose(corrupt(x0, eps, alpha_bar_t), z_t, atol=1e-9)
     assert torch.allclose(from_x0(x0, z_t, alpha_bar_t, kind), prediction, atol=1e-6)
     v = alpha_bar_t ** 0.5 * eps - (1 - alpha_bar_t) ** 0.5 * x0                      # v <-> epsilon
-    assert torch.allclose(to_x0_eps(v, z_t, alpha_bar_t, "v_prediction")[1], to_x0_eps(eps, z_t, alpha_bar_t, "epsilon")[1], atol=1e-6)
+    assert torch.allclose(to_x0_eps(v, z_t, alpha_bar_t, "v_prediction")[1],
+                          to_x0_eps(eps, z_t, alpha_bar_t, "epsilon")[1], atol=1e-6)
 
 def test_one_alpha_bar_per_sample():
     z_t, prediction = noise(2, 2, 3, 4, 5, 5).unbind(0)
@@ -146,7 +152,7 @@ def test_guidance(w, cond, uncond):
     assert guide(cond, uncond, 1) == uncond + (cond - uncond) and guide(cond, uncond, 0) == uncond
     assert torch.allclose(guide(cond, uncond, w), w * cond + (1 - w) * uncond, atol=1e-9)
 
-# --- the chain ------------------------------------------------------------------------------------------------------------------------
+# --- the chain --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("to_one", [True, False])
@@ -159,7 +165,8 @@ def test_chain_equals_diffusers(kind, to_one, n_ddim):
     ours = denoise(net, start, ddim_timesteps(n_ddim), Schedule.from_scheduler(theirs))
     assert (ours - z).abs().max() <= 1e-5 * max(1, z.abs().max())
     other_end = denoise(net, start, ddim_timesteps(n_ddim), Schedule.from_scheduler(scheduler(kind, not to_one)))
-    assert (other_end - z).abs().max() > 1e-3                                        # the end of the chain is not a detail
+    # the end of the chain is not a detail
+    assert (other_end - z).abs().max() > 1e-3
 
 @pytest.mark.skipif(not SHIPPED.exists(), reason="weights/policy/menagerie is not there yet")
 def test_chain_equals_diffusers_on_the_shipped_scheduler():
@@ -179,12 +186,16 @@ def test_full_gradient_in_float64(kind):
     z = start
     for t, t_prev in step_pairs(steps): z = ddim_step(z, net(z, t), t, t_prev, schedule)
     expected = torch.autograd.grad((z ** 2).mean(), [net.a, start])
-    for got in (torch.autograd.grad(loss(), [net.a, start]), torch.autograd.grad(loss(checkpoint=True), [net.a, start])):
+    for got in (torch.autograd.grad(loss(), [net.a, start]),
+                torch.autograd.grad(loss(checkpoint=True), [net.a, start])):
         assert all(torch.allclose(g, e, rtol=1e-12, atol=0) for g, e in zip(got, expected))
     for i in range(2):                                                                # finite differences
         values = []
         for h in (1e-5, -1e-5):
-            with torch.no_grad(): net.a[i] += h; values.append(loss(0).item()); net.a[i] -= h
+            with torch.no_grad():
+                net.a[i] += h
+                values.append(loss(0).item())
+                net.a[i] -= h
         assert math.isclose((values[0] - values[1]) / 2e-5, expected[0][i].item(), rel_tol=1e-6)
 
 @given(st.integers(0, 6), st.booleans())
@@ -204,7 +215,8 @@ def test_truncated_gradient_is_that_of_the_last_steps_alone(grad_steps, checkpoi
 def test_network_calls_and_callback():
     schedule, net, steps = Schedule.modelscope(), Net(), ddim_timesteps(20, tau=0.6)
     seen = []
-    z_0 = denoise(net, noise(1, 2, 2, 4, 4), steps, schedule, grad_steps=2, callback=lambda i, t, z: seen.append((i, t, z)))
+    z_0 = denoise(net, noise(1, 2, 2, 4, 4), steps, schedule, grad_steps=2,
+                  callback=lambda i, t, z: seen.append((i, t, z)))
     assert net.calls == 12
     assert [s[:2] for s in seen] == list(enumerate(steps.tolist())) and seen[-1][2] is z_0
     assert [s[2].requires_grad for s in seen] == [False] * 10 + [True] * 2
@@ -220,7 +232,8 @@ def test_dropout_is_repeated_in_the_checkpointed_step():
     assert torch.allclose(gradient(False), gradient(True), rtol=1e-12)
 
 def test_no_grad_of_the_caller_is_respected():
-    with torch.no_grad(): assert not denoise(Net(), noise(1, 2, 2, 4, 4), [51, 1], Schedule.modelscope(), grad_steps=2).requires_grad
+    with torch.no_grad():
+        assert not denoise(Net(), noise(1, 2, 2, 4, 4), [51, 1], Schedule.modelscope(), grad_steps=2).requires_grad
 
 @pytest.mark.parametrize("grad_steps", [-1, 3])
 def test_grad_steps_outside_is_refused(grad_steps):
@@ -229,9 +242,10 @@ def test_grad_steps_outside_is_refused(grad_steps):
 
 @pytest.mark.parametrize("steps", [[], [1, 51], [51, 51], [51, -1]])
 def test_timesteps_must_descend(steps):
-    with pytest.raises(ValueError, match="must descend"): denoise(Net(), noise(1, 2, 2, 4, 4), steps, Schedule.modelscope())
+    with pytest.raises(ValueError, match="must descend"):
+        denoise(Net(), noise(1, 2, 2, 4, 4), steps, Schedule.modelscope())
 
-# --- truncation -----------------------------------------------------------------------------------------------------------------------
+# --- truncation -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("final", [1.0, 0.9991499781608582])
@@ -244,7 +258,8 @@ def test_sensitivity_is_the_derivative_of_the_step(kind, final):
 
 def test_last_step_is_about_fifteen_times_less_sensitive():
     s = step_sensitivity(ddim_timesteps(20, tau=0.6), Schedule.modelscope())
-    assert torch.allclose(s[[0, -3, -2, -1]], torch.tensor([-0.157, -0.115, -0.187, -0.0121], dtype=torch.float64), atol=6e-4)
+    assert torch.allclose(s[[0, -3, -2, -1]],
+                          torch.tensor([-0.157, -0.115, -0.187, -0.0121], dtype=torch.float64), atol=6e-4)
     assert 14 < s[-2] / s[-1] < 17
     assert math.isclose(step_sensitivity([51, 1], Schedule(scaled_linear()))[-1], -0.0413, abs_tol=1e-4)
 
@@ -256,7 +271,8 @@ def test_gradient_norms(grad_steps):
     z_0 = denoise(net, noise(1, 3, 3, 4, 4), steps, schedule)
     assert norms.shape == (grad_steps,)
     assert torch.allclose(norms[-1], step_sensitivity(steps, schedule)[-1].abs() * (2 * z_0).norm())
-    assert torch.allclose(norms, gradient_norms(net.requires_grad_(False), noise(1, 3, 3, 4, 4), steps, schedule, loss, 6)[-grad_steps:])
+    assert torch.allclose(norms, gradient_norms(net.requires_grad_(False), noise(1, 3, 3, 4, 4), steps, schedule, loss,
+                                                6)[-grad_steps:])
     assert net.a.grad is None
 
 def test_gradient_norms_refuses_no_steps():
@@ -274,23 +290,27 @@ def test_published_costs(): assert (unet_cost(12), unet_cost(20), unet_cost(12, 
 
 def test_memory_grows_with_k_and_checkpointing_stops_it():
     schedule, steps = Schedule.modelscope(), ddim_timesteps(20, tau=0.3)
-    net = torch.nn.Sequential(torch.nn.Conv3d(3, 16, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv3d(16, 3, 3, padding=1))
+    net = torch.nn.Sequential(torch.nn.Conv3d(3, 16, 3, padding=1), torch.nn.SiLU(),
+                              torch.nn.Conv3d(16, 3, 3, padding=1))
     def kept(k, checkpoint=False):
         start = noise(1, 3, 4, 8, 8, dtype=torch.float32)
-        return saved_bytes(lambda: denoise(lambda z, t: net(z), start, steps, schedule, k, checkpoint), net.parameters())
+        return saved_bytes(lambda: denoise(lambda z, t: net(z), start, steps, schedule, k, checkpoint),
+                           net.parameters())
     assert kept(0) == 0 and kept(4) == 4 * kept(1) > 0
     assert kept(6, checkpoint=True) < kept(1)
 
-# --- the toy model --------------------------------------------------------------------------------------------------------------------
+# --- the toy model ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_toy_model_walks_back_to_the_clip(kind):
     captions, clips = toy_clips()
     schedule = Schedule.modelscope(kind)
     z_t = corrupt(clips, noise(*clips.shape, dtype=torch.float32), schedule.at(551))
-    with torch.no_grad(): z_0 = denoise(ToyDenoiser(clips, schedule, spread=0.0), z_t, ddim_timesteps(20, tau=0.6), schedule)
+    with torch.no_grad():
+        z_0 = denoise(ToyDenoiser(clips, schedule, spread=0.0), z_t, ddim_timesteps(20, tau=0.6), schedule)
     assert len(set(captions)) == 6
-    assert (z_0 - clips).abs().max() < 0.2 and (z_0 - clips).std() < 0.04               # what remains is the noise of alpha_bar[0]
+    # what remains is the noise of alpha_bar[0]
+    assert (z_0 - clips).abs().max() < 0.2 and (z_0 - clips).std() < 0.04
 
 
 def test_a_chain_of_no_steps_is_refused():

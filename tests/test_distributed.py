@@ -35,7 +35,9 @@ def record(name, data, config, folder, run, reward=redness, **options):
     "Tune in double precision; the gradients before each optimiser step and the positions this process saw."
     seen, gradients, Algorithm = [], [], find(name)
     call = Algorithm.step
-    def watched(self, positions): seen.extend(positions); return call(self, positions)
+    def watched(self, positions):
+        seen.extend(positions)
+        return call(self, positions)
     def keep(optimizer, args, kwargs):
         gradients.append(torch.cat([p.grad.flatten().clone() for g in optimizer.param_groups for p in g["params"]]))
     hook, Algorithm.step = register_optimizer_step_pre_hook(keep), watched

@@ -26,14 +26,17 @@ def test_shipped_name_wins_over_a_folder_of_that_name(house):
     assert locate("menagerie", "policy").parent.name == "policy"
     assert locate("./menagerie", "policy").resolve() == house/"menagerie"
 
-@pytest.mark.parametrize("name, kind, part", [("menagery", "policy", 'did you mean "menagerie"?'), ("intructvideo", "preset", '"instructvideo"'),
-                                              ("", "policy", "empty name"), ("x", "reward", "none yet"), ("a/b/c", "policy", "neither a path")])
+@pytest.mark.parametrize("name, kind, part", [("menagery", "policy", 'did you mean "menagerie"?'),
+                                              ("intructvideo", "preset", '"instructvideo"'),
+                                              ("", "policy", "empty name"), ("x", "reward", "none yet"),
+                                              ("a/b/c", "policy", "neither a path")])
 def test_unknown_names_in_one_line(house, name, kind, part):
     with pytest.raises(KitError) as error: locate(name, kind)
     assert part in str(error.value) and "\n" not in str(error.value)
 
 def test_hub_id_offline_says_how_to_download(house, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(house)); monkeypatch.delenv("INSTRUCTVIDEO_KIT_DOWNLOAD", raising=False)
+    monkeypatch.setenv("HF_HOME", str(house))
+    monkeypatch.delenv("INSTRUCTVIDEO_KIT_DOWNLOAD", raising=False)
     with pytest.raises(KitError, match="INSTRUCTVIDEO_KIT_DOWNLOAD=1"): locate("nobody/nothing", "policy")
     monkeypatch.setenv("INSTRUCTVIDEO_KIT_DOWNLOAD", "1")
     with pytest.raises(KitError, match="check the id and the network"): locate("nobody/nothing", "policy")
@@ -41,9 +44,12 @@ def test_hub_id_offline_says_how_to_download(house, monkeypatch):
 def test_hub_id_asks_for_local_files_only(house, monkeypatch):
     import huggingface_hub
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only: asked.append((name, local_files_only)) or str(house))
-    monkeypatch.delenv("INSTRUCTVIDEO_KIT_DOWNLOAD", raising=False); assert locate("org/name", "policy") == house
-    monkeypatch.setenv("INSTRUCTVIDEO_KIT_DOWNLOAD", "1"); locate("org/name", "policy")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, local_files_only: asked.append((name, local_files_only)) or str(house))
+    monkeypatch.delenv("INSTRUCTVIDEO_KIT_DOWNLOAD", raising=False)
+    assert locate("org/name", "policy") == house
+    monkeypatch.setenv("INSTRUCTVIDEO_KIT_DOWNLOAD", "1")
+    locate("org/name", "policy")
     assert asked == [("org/name", True), ("org/name", False)]
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -61,4 +67,6 @@ def test_atomic_keeps_the_suffix(tmp_path):
 def test_near_lists_no_more_than_twenty(): assert near("q", map(str, range(100, 150))).endswith('"119" and 30 more')
 
 
-def test_near_is_case_blind_and_lists(): assert near("MENAGERIE", ["menagerie"]) == 'did you mean "menagerie"?' and near("q", ["b", "a"]) == 'there is "a", "b"'
+def test_near_is_case_blind_and_lists():
+    assert near("MENAGERIE", ["menagerie"]) == 'did you mean "menagerie"?'
+    assert near("q", ["b", "a"]) == 'there is "a", "b"'

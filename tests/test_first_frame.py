@@ -1,4 +1,5 @@
-"The policy that draws from a caption and a first frame: what it starts as, what it refuses, and that files, batches and LoRA treat it as any other."
+"""The policy that draws from a caption and a first frame: what it starts as, what it refuses, and that files,
+batches and LoRA treat it as any other."""
 import pytest
 import torch
 from tiny import SIZE, tiny_pipeline
@@ -10,23 +11,28 @@ from instructvideo_kit.policy.lora import add_lora, merge_lora
 PROMPTS = ["a cat runs", "a dog swims"]
 
 @pytest.fixture(scope="module")
-def t2v(tmp_path_factory): return VideoPolicy.from_pretrained(tiny_pipeline(tmp_path_factory.mktemp("t2v"), "v_prediction", "patch"))
+def t2v(tmp_path_factory):
+    return VideoPolicy.from_pretrained(tiny_pipeline(tmp_path_factory.mktemp("t2v"), "v_prediction", "patch"))
 
 @pytest.fixture(scope="module")
-def fresh(t2v): return FirstFramePolicy(widened(t2v.unet), t2v.vae, t2v.text_encoder, t2v.tokenizer, t2v.scheduler, t2v.kit)
+def fresh(t2v):
+    return FirstFramePolicy(widened(t2v.unet), t2v.vae, t2v.text_encoder, t2v.tokenizer, t2v.scheduler, t2v.kit)
 
 @pytest.fixture(scope="module")
 def looking(t2v):
     "With weights for the picture, so that it makes a difference."
     unet = widened(t2v.unet)
-    with torch.no_grad(): unet.conv_in.weight[:, t2v.unet.config.in_channels:] = torch.randn(unet.conv_in.weight.shape, generator=torch.Generator().manual_seed(1))[:, 4:] * .3
+    with torch.no_grad():
+        unet.conv_in.weight[:, t2v.unet.config.in_channels:] = torch.randn(unet.conv_in.weight.shape,
+            generator=torch.Generator().manual_seed(1))[:, 4:] * .3
     return FirstFramePolicy(unet, t2v.vae, t2v.text_encoder, t2v.tokenizer, t2v.scheduler, t2v.kit)
 
 def pictures(n=2, seed=0): return torch.rand(n, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 def test_widened_draws_the_same_clips(t2v, fresh):
     noise = t2v.noise(range(2))
-    torch.testing.assert_close(fresh.generate(PROMPTS, 3, noise=noise, image=pictures()), t2v.generate(PROMPTS, 3, noise=noise), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fresh.generate(PROMPTS, 3, noise=noise, image=pictures()),
+                               t2v.generate(PROMPTS, 3, noise=noise), atol=1e-5, rtol=1e-4)
 
 def test_widening_leaves_the_dropout(t2v):
     t2v.unet.mid_block.resnets[0].dropout.p = .25
@@ -48,7 +54,8 @@ def test_guidance_is_over_the_caption_alone(looking):
     guided = [looking.denoiser(["a cat runs"], w, image=pictures(1))(z_t, 500) for w in (1., 3.)]
     unguided = looking.denoiser([""], 1., image=pictures(1))(z_t, 500)
     torch.testing.assert_close(guided[1], unguided + 3*(guided[0] - unguided), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(looking.denoiser(["a cat runs"], 3., batched=False, image=pictures(1))(z_t, 500), guided[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(looking.denoiser(["a cat runs"], 3., batched=False, image=pictures(1))(z_t, 500),
+                               guided[1], atol=1e-5, rtol=1e-4)
 
 def test_through_files(looking, tmp_path):
     looking.save_pretrained(tmp_path/"p")

@@ -41,7 +41,8 @@ def test_golden_is_small_and_of_these_weights(golden):
     assert towers.fingerprint(towers.weights()) == golden["weights_sha256"]
     assert set(towers.shapes()) == set(open_clip_keys(towers.LAYERS["visual"], towers.LAYERS["text"]))
     scores = torch.tensor(golden["scores"]["hpsv2"])
-    assert scores.shape == (len(golden["captions"]), len(golden["shapes"])) and scores.std(1).min() > 0.01 and scores.std(0).min() > 0.01
+    assert scores.shape == (len(golden["captions"]), len(golden["shapes"]))
+    assert scores.std(1).min() > 0.01 and scores.std(0).min() > 0.01
 
 
 @pytest.mark.filterwarnings("ignore:.*reads 77 tokens") # one caption is longer on purpose
@@ -53,13 +54,15 @@ def test_same_scores_as_hpsv2_recorded(official, golden):
     cropped = ours(official, "clip")
     assert worst(cropped, recorded["crop"]) < 1e-5
     tall = [i for i, (h, w) in enumerate(golden["shapes"]) if h != w]
-    assert (scores - cropped)[:, tall].abs().amax(0).min() > 1e-3 # the two preprocessings differ on each picture that is not square
+    # the two preprocessings differ on each picture that is not square
+    assert (scores - cropped)[:, tall].abs().amax(0).min() > 1e-3
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_same_scores_as_hpsv2_live(official, golden):
     try: import hpsv2.src.open_clip
-    except Exception as e: pytest.skip(f"hpsv2 does not import here ({type(e).__name__}: {str(e)[:80]}); the recorded scores stand in")
+    except Exception as e:
+        pytest.skip(f"hpsv2 does not import here ({type(e).__name__}: {str(e)[:80]}); the recorded scores stand in")
     live = towers.hpsv2_scores()
     for how, scores in live.items(): assert worst(torch.tensor(scores), golden["scores"][how]) < 1e-5
     assert worst(ours(official), live["hpsv2"]) < 1e-5

@@ -56,13 +56,15 @@ class Toy(VideoPolicy):
 
 
 @pytest.fixture(scope="module")
-def text_policy(tmp_path_factory): return VideoPolicy.from_pretrained(tiny_pipeline(tmp_path_factory.mktemp("t2v"), "v_prediction", "patch"))
+def text_policy(tmp_path_factory):
+    return VideoPolicy.from_pretrained(tiny_pipeline(tmp_path_factory.mktemp("t2v"), "v_prediction", "patch"))
 
 @pytest.fixture(scope="module")
 def first_frame(text_policy):
     t = text_policy
     network = widened(copy.deepcopy(t.unet))
-    network.conv_in.weight.data[:, 4:] = .3 * torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(5)).reshape(network.conv_in.weight[:, 4:].shape)
+    network.conv_in.weight.data[:, 4:] = .3 * torch.randn(8, 4, 3, 3,
+        generator=torch.Generator().manual_seed(5)).reshape(network.conv_in.weight[:, 4:].shape)
     wake(network, 1)
     return FirstFramePolicy(network, t.vae, t.text_encoder, t.tokenizer, t.scheduler, t.kit)
 
@@ -77,7 +79,8 @@ def told(policy):
     return [{"image": image, **prompts} for image in pictures(policy.size)]
 
 @pytest.fixture(params=["first_frame", "svd", *PREDICTION_TYPES])
-def policy(request): return Toy(request.param) if request.param in PREDICTION_TYPES else request.getfixturevalue(request.param)
+def policy(request):
+    return Toy(request.param) if request.param in PREDICTION_TYPES else request.getfixturevalue(request.param)
 
 def single(policy, each, noise, start_at, n_ddim=3):
     "The run on one condition, without any of this module."
@@ -95,7 +98,8 @@ def test_ends_are_the_single_runs_bit_for_bit(policy, reading, start):
     assert not torch.allclose(*ends, atol=1e-4)
     assert torch.equal(run(1), ends[0]) and torch.equal(run(0), ends[1])
     if not isinstance(policy, Toy): return
-    assert torch.equal(run(torch.ones(1, 1, 1, *policy.latent_shape[2:])), ends[0]) and torch.equal(run([0., 0., 0.]), ends[1])
+    assert torch.equal(run(torch.ones(1, 1, 1, *policy.latent_shape[2:])), ends[0])
+    assert torch.equal(run([0., 0., 0.]), ends[1])
     middle = run(.5)
     assert all((middle - end).abs().mean() < (ends[0] - ends[1]).abs().mean() for end in ends)
 
@@ -106,7 +110,8 @@ def test_two_latents_keep_their_difference(kind):
     noise = torch.randn(1, *policy.latent_shape)
     denoise_blended(policy, before, after, noise, .4, "two_latents", n_ddim=4, callback=lambda i, t, z: seen.append(z))
     steps = [*policy.schedule.timesteps(4)[1:].tolist(), -1]
-    gap = repeat(after["image"] - before["image"], "b c h w -> b c f h w", f=4) if policy.schedule.alpha_bar[-1] > 0 else 0
+    gap = (repeat(after["image"] - before["image"], "b c h w -> b c f h w", f=4)
+           if policy.schedule.alpha_bar[-1] > 0 else 0)
     for twins, t in zip(seen, steps):
         z, z_edit = twins.chunk(2)
         assert torch.allclose(z_edit - z, torch.as_tensor(gap * policy.schedule.at(t) ** .5), atol=2e-4)
@@ -127,13 +132,15 @@ def test_two_latents_blend_noise_not_velocity():
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 @settings(max_examples=20, deadline=None)
-@given(lam=st.floats(0, 1, allow_subnormal=False), w=st.floats(0, 15, allow_subnormal=False), alpha_bar=st.floats(.02, .98, allow_subnormal=False), seed=st.integers(0, 99))
+@given(lam=st.floats(0, 1, allow_subnormal=False), w=st.floats(0, 15, allow_subnormal=False),
+       alpha_bar=st.floats(.02, .98, allow_subnormal=False), seed=st.integers(0, 99))
 def test_blend_is_linear(kind, lam, w, alpha_bar, seed):
     "Before or after guidance, as epsilon or as the network's own prediction: the same up to rounding."
     a, b, c, d, z = torch.randn(5, 1, 2, 3, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     def eps(p):
         return to_x0_eps(p, z, alpha_bar, kind)[1]
-    assert torch.allclose(guide(blend_noise(a, b, lam), blend_noise(c, d, lam), w), blend_noise(guide(a, c, w), guide(b, d, w), lam))
+    assert torch.allclose(guide(blend_noise(a, b, lam), blend_noise(c, d, lam), w),
+                          blend_noise(guide(a, c, w), guide(b, d, w), lam))
     assert torch.allclose(eps(blend_noise(a, b, lam)), blend_noise(eps(a), eps(b), lam))
 
 @settings(max_examples=30, deadline=None)
@@ -181,7 +188,8 @@ def test_schedule_decides_which_branches_run():
     assert policy.calls == [2, 2, 4, 2]
 
 @settings(max_examples=30, deadline=None)
-@given(name=st.sampled_from(LAMBDA_SCHEDULES), n=st.integers(1, 30), lam=st.floats(0, 1, allow_subnormal=False), end=st.floats(0, 1, allow_subnormal=False))
+@given(name=st.sampled_from(LAMBDA_SCHEDULES), n=st.integers(1, 30), lam=st.floats(0, 1, allow_subnormal=False),
+       end=st.floats(0, 1, allow_subnormal=False))
 def test_schedules_stay_in_range(name, n, lam, end):
     values = lambda_schedule(name, n, lam, end)
     assert len(values) == n and all(-1e-6 <= v <= 1 + 1e-6 for v in values)
@@ -189,17 +197,22 @@ def test_schedules_stay_in_range(name, n, lam, end):
 
 @pytest.mark.parametrize("call, words", [
     (lambda e: blend_noise(e, e, 1.01), "must lie in"), (lambda e: blend_noise(e, e, -.1), "must lie in"),
-    (lambda e: blend_noise(e, e, torch.tensor([.5, float("nan")])), "must lie in"), (lambda e: blend_noise(e, e[:1], .5), "expected the same"),
-    (lambda e: blend_noise(e, e, torch.ones(5, 1, 1, 1, 1)), "does not broadcast"), (lambda e: blend_noise(e, e, torch.ones(1, 2, 1, 1, 1, 1)), "does not broadcast"),
-    (lambda e: masked(.5, torch.zeros(1, 1, 4, 4), (2, 2)), "mask is empty"), (lambda e: masked(.5, torch.ones(4, 4), (2, 2)), "mask of shape"),
-    (lambda e: lambda_schedule("window", 4, .5, window=(.5, .5)), "window"), (lambda e: lambda_schedule("cosine", 4, .5), "constant, ramp, window"),
+    (lambda e: blend_noise(e, e, torch.tensor([.5, float("nan")])), "must lie in"),
+    (lambda e: blend_noise(e, e[:1], .5), "expected the same"),
+    (lambda e: blend_noise(e, e, torch.ones(5, 1, 1, 1, 1)), "does not broadcast"),
+    (lambda e: blend_noise(e, e, torch.ones(1, 2, 1, 1, 1, 1)), "does not broadcast"),
+    (lambda e: masked(.5, torch.zeros(1, 1, 4, 4), (2, 2)), "mask is empty"),
+    (lambda e: masked(.5, torch.ones(4, 4), (2, 2)), "mask of shape"),
+    (lambda e: lambda_schedule("window", 4, .5, window=(.5, .5)), "window"),
+    (lambda e: lambda_schedule("cosine", 4, .5), "constant, ramp, window"),
     (lambda e: lam_at_step([.5, .5], [3, 2, 1]), "2 entries")])
 def test_bad_blends(call, words):
     with pytest.raises(ValueError, match=words): call(torch.randn(2, 2, 2, 4, 4))
 
 def test_bad_reading():
     policy = Toy("v_prediction")
-    with pytest.raises(ValueError, match="shared and two_latents"): denoise_blended(policy, *told(policy), torch.randn(1, *policy.latent_shape), .5, "both")
+    with pytest.raises(ValueError, match="shared and two_latents"):
+        denoise_blended(policy, *told(policy), torch.randn(1, *policy.latent_shape), .5, "both")
 
 
 # drags
@@ -216,11 +229,13 @@ def red_centre(clip):
     return torch.stack([(weight.sum(1) * x).sum(-1), (weight.sum(2) * y).sum(-1)], -1) / weight.sum((1, 2))[:, None]
 
 @settings(max_examples=25, deadline=None)
-@given(start=st.tuples(st.floats(9, 23), st.floats(9, 23)), end=st.tuples(st.floats(8, 24), st.floats(8, 24)), f=st.integers(2, 9))
+@given(start=st.tuples(st.floats(9, 23), st.floats(9, 23)), end=st.tuples(st.floats(8, 24), st.floats(8, 24)),
+       f=st.integers(2, 9))
 def test_displaced_object_walks_along_the_arrow(start, end, f):
     image = spot(*start)
     clip, touched = displaced(image, [(start, end, 6)], f)
-    assert clip.shape == (1, f, 3, 32, 32) and torch.equal(clip[:, 0], image) and clip.min() >= -1e-6 and clip.max() <= 1 + 1e-6
+    assert clip.shape == (1, f, 3, 32, 32) and torch.equal(clip[:, 0], image)
+    assert clip.min() >= -1e-6 and clip.max() <= 1 + 1e-6
     path = torch.lerp(torch.tensor(start), torch.tensor(end), torch.linspace(0, 1, f)[:, None])
     assert (red_centre(clip) - path).abs().max() < .35
     assert torch.allclose((clip - image[:, None]) * (touched == 0), torch.zeros(()), atol=1e-5) # nothing else moves
@@ -228,9 +243,12 @@ def test_displaced_object_walks_along_the_arrow(start, end, f):
 def test_two_drags_and_a_region():
     image = spot(8, 8) + spot(24, 24) - .5
     clip, _ = displaced(image, [((8, 8), (8, 20), 6), ((24, 24), (24, 12), 6)], 4)
-    assert clip.shape == (1, 4, 3, 32, 32) and (red_centre(clip[..., :16])[-1] - torch.tensor([8., 20])).abs().max() < .5 and (red_centre(clip[..., 16:])[-1] - torch.tensor([8., 12])).abs().max() < .5
+    assert clip.shape == (1, 4, 3, 32, 32)
+    assert (red_centre(clip[..., :16])[-1] - torch.tensor([8., 20])).abs().max() < .5
+    assert (red_centre(clip[..., 16:])[-1] - torch.tensor([8., 12])).abs().max() < .5
     region = disc((8, 8), 6, (32, 32))
-    assert torch.equal(displaced(image, [((8, 8), (8, 20), 1)], 4, region)[0], displaced(image, [((8, 8), (8, 20), 9)], 4, region)[0])
+    assert torch.equal(displaced(image, [((8, 8), (8, 20), 1)], 4, region)[0],
+                       displaced(image, [((8, 8), (8, 20), 9)], 4, region)[0])
 
 def test_matte_takes_the_object_and_leaves_the_grass():
     image = spot(16, 16)
@@ -253,10 +271,12 @@ def test_fill_keeps_what_is_known_and_a_flat_picture_flat(h, w, seed):
 def test_moved_by_whole_pixels():
     x = torch.rand(2, 3, 6, 8)
     out = moved(x, torch.tensor([[2., 0], [0., -1]]))
-    assert torch.allclose(out[0, :, :, 2:], x[0, :, :, :-2], atol=1e-5) and torch.allclose(out[1, :, :-1], x[1, :, 1:], atol=1e-5)
+    assert torch.allclose(out[0, :, :, 2:], x[0, :, :, :-2], atol=1e-5)
+    assert torch.allclose(out[1, :, :-1], x[1, :, 1:], atol=1e-5)
 
 @pytest.mark.parametrize("drag, words", [
-    (((-1, 3), (4, 4), 3), r"start \(-1, 3\) lies outside"), (((1, 3), (40, 4), 3), "end .* lies outside"), (((1, 3), (4, 4), 0), "radius"),
+    (((-1, 3), (4, 4), 3), r"start \(-1, 3\) lies outside"), (((1, 3), (40, 4), 3), "end .* lies outside"),
+    (((1, 3), (4, 4), 0), "radius"),
     (((1, 3), (float("nan"), 4), 3), "outside")])
 def test_bad_drags(drag, words):
     with pytest.raises(ValueError, match=words): displaced(spot(8, 8), [drag], 4)
@@ -278,7 +298,9 @@ def test_steered_all_the_way_arrives(kind):
 # pictures of every kind
 
 def saved(image, kind, **options):
-    buffer = io.BytesIO(); image.save(buffer, kind, **options); buffer.seek(0)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    buffer.seek(0)
     return Image.open(buffer)
 
 @settings(max_examples=25, deadline=None)
@@ -291,17 +313,23 @@ def test_picture_keeps_its_shape_and_turn(tmp_path):
     tall = Image.fromarray(np.repeat(np.linspace(0, 255, 90).astype(np.uint8)[:, None], 30, 1)) # dark top
     x = to_image(tall, (10, 10))[0, 0]
     assert .3 < x[0].mean() < .37 and .63 < x[-1].mean() < .7 # the middle third
-    exif = Image.Exif(); exif[274] = 6 # a quarter turn clockwise
+    exif = Image.Exif()
+    exif[274] = 6 # a quarter turn clockwise
     turned = to_image(saved(tall.convert("RGB"), "JPEG", exif=exif, quality=95), (10, 30))[0, 0]
     assert turned[:, 0].mean() > .9 and turned[:, -1].mean() < .1
-    saved(tall.convert("RGB"), "JPEG", exif=exif, quality=95); tall.convert("RGB").save(tmp_path/"a.jpg", exif=exif, quality=95)
-    assert torch.equal(to_image(tmp_path/"a.jpg", (10, 30)), to_image(str(tmp_path/"a.jpg"), (10, 30))) and to_image(tmp_path/"a.jpg", (10, 30))[0, 0, :, 0].mean() > .9
-    assert torch.allclose(to_image(torch.rand(3, 10, 10, generator=torch.Generator().manual_seed(0)), (10, 10)), torch.rand(3, 10, 10, generator=torch.Generator().manual_seed(0)))
+    saved(tall.convert("RGB"), "JPEG", exif=exif, quality=95)
+    tall.convert("RGB").save(tmp_path/"a.jpg", exif=exif, quality=95)
+    assert torch.equal(to_image(tmp_path/"a.jpg", (10, 30)), to_image(str(tmp_path/"a.jpg"), (10, 30)))
+    assert to_image(tmp_path/"a.jpg", (10, 30))[0, 0, :, 0].mean() > .9
+    assert torch.allclose(to_image(torch.rand(3, 10, 10, generator=torch.Generator().manual_seed(0)), (10, 10)),
+                          torch.rand(3, 10, 10, generator=torch.Generator().manual_seed(0)))
 
 def test_bad_pictures(tmp_path):
     (tmp_path/"a.png").write_text("no picture")
-    for picture, words in ((tmp_path/"a.png", "does not open"), (tmp_path/"b.png", "there is no picture"), (Image.new("I;16", (4, 4)), "8 bits"),
-                           (torch.rand(1, 10, 10), "shape"), (torch.full((3, 10, 10), 255.), "expected"), (torch.full((3, 4, 4), float("nan")), "expected"), ([1], "PIL")):
+    for picture, words in ((tmp_path/"a.png", "does not open"), (tmp_path/"b.png", "there is no picture"),
+                           (Image.new("I;16", (4, 4)), "8 bits"),
+                           (torch.rand(1, 10, 10), "shape"), (torch.full((3, 10, 10), 255.), "expected"),
+                           (torch.full((3, 4, 4), float("nan")), "expected"), ([1], "PIL")):
         with pytest.raises(KitError, match=words) as caught: to_image(picture, (10, 10))
         assert "\n" not in str(caught.value)
 
@@ -311,11 +339,13 @@ def test_bad_pictures(tmp_path):
 @pytest.fixture(params=["first_frame", "v_prediction"])
 def pipeline(request):
     name = request.param
-    return InteractivePipeline(Toy(name)) if name in PREDICTION_TYPES else InteractivePipeline(request.getfixturevalue(name))
+    return (InteractivePipeline(Toy(name)) if name in PREDICTION_TYPES
+            else InteractivePipeline(request.getfixturevalue(name)))
 
 def test_policy_without_text(svd):
     pipeline, (before, after) = InteractivePipeline(svd), pictures(svd.size)
-    assert pipeline.video(before, "a red cat runs", after, "left", [((5, 5), (9, 9), 3)], .5, n_ddim=2).shape == (1, 5, 3, 16, 16)
+    assert (pipeline.video(before, "a red cat runs", after, "left", [((5, 5), (9, 9), 3)], .5, n_ddim=2).shape
+            == (1, 5, 3, 16, 16))
 
 def test_instructions_alone_and_together(pipeline):
     h, w = pipeline.size
@@ -324,28 +354,36 @@ def test_instructions_alone_and_together(pipeline):
         return pipeline.video(before, "a red cat runs", n_ddim=4, **k)
     plain = go()
     assert plain.shape == (1, pipeline.i2v.n_frames, 3, h, w) and plain.min() >= 0 and plain.max() <= 1
-    assert torch.equal(go(start="noise"), pipeline.i2v.generate(n_ddim=4, noise=pipeline.i2v.noise([0], 0), **pipeline.told("a red cat runs", before)))
-    assert torch.equal(go(edited=after, lam=1), plain) and torch.equal(go(edited=after, lam=0), pipeline.video(after, "a red cat runs", n_ddim=4))
+    assert torch.equal(go(start="noise"), pipeline.i2v.generate(n_ddim=4, noise=pipeline.i2v.noise([0], 0),
+                                                                **pipeline.told("a red cat runs", before)))
+    assert torch.equal(go(edited=after, lam=1), plain)
+    assert torch.equal(go(edited=after, lam=0), pipeline.video(after, "a red cat runs", n_ddim=4))
     assert torch.equal(go(reading="two_latents"), plain)
     drag, mask = [((w / 3, h / 3), (w / 2, h / 2), 2)], torch.zeros(1, 1, h, w).index_fill(-1, torch.arange(w // 2), 1.)
-    seen = [plain, go(seed=1), go(edited=after, lam=.5), go(edited=after, lam=.5, mask=mask), go(drags=drag), go(edited=after, lam=.5, drags=drag),
+    seen = [plain, go(seed=1), go(edited=after, lam=.5), go(edited=after, lam=.5, mask=mask), go(drags=drag),
+            go(edited=after, lam=.5, drags=drag),
             go(edited=after, lam=[0., 0., 1., 1.]), go(edited=after, lam=.5, reading="two_latents")]
     if hasattr(pipeline.i2v, "text_encoder"): seen.append(go(motion="left"))
-    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i]) and all(clip.isfinite().all() for clip in seen)
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    assert all(clip.isfinite().all() for clip in seen)
 
 def test_progress_and_stop():
     pipeline, seen = InteractivePipeline(Toy("v_prediction")), []
     image = pictures(pipeline.size)[0]
-    assert pipeline.video(image, "a", n_ddim=3, progress=lambda *a: seen.append(a)) is not None and seen == [(1, 3), (2, 3), (3, 3)]
-    assert pipeline.video(image, "a", n_ddim=5, progress=lambda *a: seen.append(a), stop=lambda: len(seen) >= 5) is None and seen[3:] == [(1, 5), (2, 5)]
+    assert pipeline.video(image, "a", n_ddim=3, progress=lambda *a: seen.append(a)) is not None
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert pipeline.video(image, "a", n_ddim=5, progress=lambda *a: seen.append(a), stop=lambda: len(seen) >= 5) is None
+    assert seen[3:] == [(1, 5), (2, 5)]
 
 def test_hold_keeps_the_painted_place():
     pipeline = InteractivePipeline(Toy("v_prediction"))
     before = pictures(pipeline.size)[0]
-    after = before.clone(); after[..., :2, :2] = 1 - after[..., :2, :2]
+    after = before.clone()
+    after[..., :2, :2] = 1 - after[..., :2, :2]
     def go(**k):
         return pipeline.video(before, "a", after, n_ddim=5, **k)
-    assert torch.equal(go(lam=1., hold=.6), go(lam=1.)) and torch.equal(pipeline.video(before, "a", hold=.6, n_ddim=5), pipeline.video(before, "a", n_ddim=5))
+    assert torch.equal(go(lam=1., hold=.6), go(lam=1.))
+    assert torch.equal(pipeline.video(before, "a", hold=.6, n_ddim=5), pipeline.video(before, "a", n_ddim=5))
     held, free = go(lam=0., hold=1.), go(lam=0.)
     def wrong(clip):
         return (clip[..., :2, :2] - after[:, None, :, :2, :2].clamp(0, 1)).abs().mean()
@@ -358,25 +396,36 @@ def test_following_costs_no_network():
     assert len(pipeline.i2v.calls) == 3
 
 @pytest.mark.parametrize("options, words", [
-    (dict(image=torch.rand(1, 3, 5, 6)), "image of shape"), (dict(edited=torch.rand(1, 3, 5, 6)), "image of shape"), (dict(mask=torch.ones(1, 1, 5, 6)), "mask of shape"),
-    (dict(mask=torch.zeros(1, 1, 6, 6)), "mask is empty"), (dict(lam=1.5), "lam goes"), (dict(lam=[.5] * 2), "2 entries"), (dict(reading="twin"), "shared and two"), (dict(start="middle"), "noise and picture"),
-    (dict(drags=[((1, 1), (9, 1), 2)]), "lies outside the 6x6"), (dict(drags=[((1, 1), (5, 1), 2)], follow=2), "share of the steps"), (dict(hold=-1), "share of the steps"), (dict(image=255 * torch.rand(1, 3, 6, 6)), "expected float")])
+    (dict(image=torch.rand(1, 3, 5, 6)), "image of shape"), (dict(edited=torch.rand(1, 3, 5, 6)), "image of shape"),
+    (dict(mask=torch.ones(1, 1, 5, 6)), "mask of shape"),
+    (dict(mask=torch.zeros(1, 1, 6, 6)), "mask is empty"), (dict(lam=1.5), "lam goes"),
+    (dict(lam=[.5] * 2), "2 entries"), (dict(reading="twin"), "shared and two"),
+    (dict(start="middle"), "noise and picture"),
+    (dict(drags=[((1, 1), (9, 1), 2)]), "lies outside the 6x6"),
+    (dict(drags=[((1, 1), (5, 1), 2)], follow=2), "share of the steps"), (dict(hold=-1), "share of the steps"),
+    (dict(image=255 * torch.rand(1, 3, 6, 6)), "expected float")])
 def test_bad_instructions(options, words):
     pipeline = InteractivePipeline(Toy("v_prediction"))
     before, after = pictures(pipeline.size)
-    with pytest.raises(ValueError, match=words) as caught: pipeline.video(**{"image": before, "prompt": "a", "edited": after, "n_ddim": 3, **options})
+    with pytest.raises(ValueError, match=words) as caught:
+        pipeline.video(**{"image": before, "prompt": "a", "edited": after, "n_ddim": 3, **options})
     assert "\n" not in str(caught.value)
 
 def test_image_stage(text_policy, first_frame):
     pipeline, image = InteractivePipeline(first_frame, text_policy), pictures(text_policy.size)[0]
     assert torch.equal(pipeline.image(*PROMPT, image, strength=0), image)
-    made = [pipeline.image(*PROMPT, n_ddim=4), pipeline.image(*PROMPT, seed=1, n_ddim=4), *(pipeline.image(*PROMPT, image, s, n_ddim=4) for s in (.25, .5, 1.))]
+    made = [pipeline.image(*PROMPT, n_ddim=4), pipeline.image(*PROMPT, seed=1, n_ddim=4),
+            *(pipeline.image(*PROMPT, image, s, n_ddim=4) for s in (.25, .5, 1.))]
     assert all(x.shape == image.shape and 0 <= x.min() and x.max() <= 1 for x in made)
     assert not any(torch.equal(a, b) for i, a in enumerate(made) for b in made[:i])
     assert torch.equal(made[3], img2img(text_policy, *PROMPT, image, .5, n_ddim=4))
-    for bad, words in ((dict(strength=1.1), "strength"), (dict(image=torch.rand(1, 3, 4, 4)), "image of shape"), (dict(strength=.1), "at least one step")):
-        with pytest.raises(ValueError, match=words): pipeline.image(**{"prompt": PROMPT[0], "image": image, "n_ddim": 4, **bad})
+    for bad, words in ((dict(strength=1.1), "strength"), (dict(image=torch.rand(1, 3, 4, 4)), "image of shape"),
+                       (dict(strength=.1), "at least one step")):
+        with pytest.raises(ValueError, match=words):
+            pipeline.image(**{"prompt": PROMPT[0], "image": image, "n_ddim": 4, **bad})
     with pytest.raises(ValueError, match="no image stage"): InteractivePipeline(first_frame).image("a")
 
 def test_texts():
-    assert [join_texts("a cat"), join_texts("a cat", " "), join_texts("a cat", "runs"), join_texts("a cat", "a cat runs"), join_texts("", "runs")] == ["a cat", "a cat", "a cat runs", "a cat runs", "runs"]
+    assert [join_texts("a cat"), join_texts("a cat", " "), join_texts("a cat", "runs"),
+            join_texts("a cat", "a cat runs"), join_texts("", "runs")] == ["a cat", "a cat", "a cat runs",
+                                                                           "a cat runs", "runs"]

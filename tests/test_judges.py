@@ -62,7 +62,8 @@ def test_composed_gradient_against_finite_differences():
 def test_the_small_clip_judge_against_finite_differences():
     judge = ClipReward.from_pretrained("menagerie", dtype=torch.float64)
     x = .2 + .6 * torch.rand(1, 1, 3, 36, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    y, way = x.clone().requires_grad_(), torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    y = x.clone().requires_grad_()
+    way = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     gradient, = torch.autograd.grad(judge(y, [FOX.caption]).sum(), y)
     slope = sum(s * judge(x + s * 1e-5 * way, [FOX.caption]).item() for s in (1, -1)) / 2e-5
     assert slope == pytest.approx((gradient * way).sum().item(), rel=1e-5)
@@ -71,18 +72,22 @@ def test_the_small_clip_judge_against_finite_differences():
 def test_the_video_judge_against_finite_differences():
     judge = VideoScoreReward.from_pretrained("menagerie", dtype=torch.float64)
     x = .2 + .6 * torch.rand(1, 8, 3, 36, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    y, way = x.clone().requires_grad_(), torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    y = x.clone().requires_grad_()
+    way = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     gradient, = torch.autograd.grad(judge(y, [FOX.caption]).sum(), y)
     slope = sum(s * judge(x + s * 1e-4 * way, [FOX.caption]).sum().item() for s in (1, -1)) / 2e-4
-    assert slope == pytest.approx((gradient * way).sum().item(), rel=1e-3) # RMSNorm and rotary positions round to float32
+    # RMSNorm and rotary positions round to float32
+    assert slope == pytest.approx((gradient * way).sum().item(), rel=1e-3)
 
 
 def test_what_cannot_be_composed_is_refused():
     x = torch.rand(2, 2, 3, 4, 4)
     with pytest.raises(ValueError, match="no reward"): WeightedReward({})
     with pytest.raises(ValueError, match="'c'.*a, b"): WeightedReward({"a": redness, "b": redness}, {"c": 1.})
-    with pytest.raises(ValueError, match="per_clip"): WeightedReward({"a": redness, "b": per_clip(redness)})(x, ["", ""])
-    with pytest.raises(ValueError, match="no scale"): measure_scales(WeightedReward({"a": redness}), torch.zeros(2, 2, 3, 4, 4), ["", ""])
+    with pytest.raises(ValueError, match="per_clip"):
+        WeightedReward({"a": redness, "b": per_clip(redness)})(x, ["", ""])
+    with pytest.raises(ValueError, match="no scale"):
+        measure_scales(WeightedReward({"a": redness}), torch.zeros(2, 2, 3, 4, 4), ["", ""])
 
 
 def test_vader_mixed_is_vaders_loss():
@@ -137,7 +142,8 @@ def test_eyes_are_borrowed_faithfully():
     ours, theirs = reward.model.model.vision_model, clip.model.vision_model
     with torch.no_grad():
         borrow_eyes(ours, theirs, 2 * frames - 1)
-        a = ours(pixel_values=2 * frames - 1, patch_attention_mask=torch.ones(12, 6, 6, dtype=torch.bool)).last_hidden_state
+        a = ours(pixel_values=2 * frames - 1,
+                 patch_attention_mask=torch.ones(12, 6, 6, dtype=torch.bool)).last_hidden_state
         from instructvideo_kit.reward.base import preprocess
         b = theirs.post_layernorm(theirs(preprocess(frames, 36, "squash")).last_hidden_state[:, 1:])
     same = torch.nn.functional.cosine_similarity(a, b, dim=-1).mean()
@@ -173,7 +179,8 @@ def test_each_frame_is_named_by_what_it_shows():
             names = [WORDS[made["named"][i * 8 + f][0]] for f in range(8)]
             late = round(4 * faults.get("morph", 0.))
             assert names == [chosen[i].species] * (8 - late) + [others[i].species] * late
-        assert all((a.species, a.place, a.motion) != (s.species, s.place, s.motion) for a, s in zip(made["wrong"], chosen))
+        assert all((a.species, a.place, a.motion) != (s.species, s.place, s.motion)
+                   for a, s in zip(made["wrong"], chosen))
 
 
 def test_the_ranking_loss_pulls_the_marks_of_two_captions_apart():
@@ -204,7 +211,8 @@ def test_the_shipped_video_judge_knows_a_steady_clip(video_judge):
 def test_the_shipped_video_judge_does_not_mind_its_neighbours(video_judge):
     clips, captions, _ = candidates(2, 2, seed=22)
     flat, said = clips.flatten(0, 1), [p for p in captions for _ in range(2)]
-    with torch.no_grad(): together, alone = video_judge(flat, said), torch.cat([video_judge(x[None], [p]) for x, p in zip(flat, said)])
+    with torch.no_grad():
+        together, alone = video_judge(flat, said), torch.cat([video_judge(x[None], [p]) for x, p in zip(flat, said)])
     assert (together - alone).abs().max() < 1e-4
 
 
@@ -216,7 +224,8 @@ def test_the_video_judge_is_trained_and_goes_on_where_it_stopped(tmp_path):
     save_video_judge(whole, tokenizer, tmp_path / "out")
     again = VideoScoreReward.from_pretrained(tmp_path / "out")
     x = torch.rand(1, 16, 3, 32, 32)
-    with torch.no_grad(): assert (again(x, [FOX.caption]) - whole.to(torch.float32)(x, [FOX.caption])).abs().max() < .02 # half precision
+    with torch.no_grad():
+        assert (again(x, [FOX.caption]) - whole.to(torch.float32)(x, [FOX.caption])).abs().max() < .02 # half precision
 
 
 # judging the judges
@@ -243,7 +252,8 @@ def test_chance_by_hand():
 
 
 def test_pairwise_accuracy_counts_ties_of_the_judge_half_and_leaves_out_those_of_the_truth():
-    assert pairwise_accuracy([[1., 1., 0.]], [[3., 2., 2.]]) == .75 # pairs (0, 1) tied, (0, 2) right, (1, 2) does not count
+    # pairs (0, 1) tied, (0, 2) right, (1, 2) does not count
+    assert pairwise_accuracy([[1., 1., 0.]], [[3., 2., 2.]]) == .75
     with pytest.raises(ValueError, match="nothing to judge"): pairwise_accuracy([[1., 2.]], [[1., 1.]])
     with pytest.raises(ValueError, match="same shape"): pairwise_accuracy([[1., 2.]], [[1., 2., 3.]])
     with pytest.raises(ValueError, match="nan"): pairwise_accuracy([[1., float("nan")]], [[1., 2.]])
@@ -260,7 +270,8 @@ def test_agreement_is_symmetric_and_turns_with_the_sign(seed):
 
 def test_the_table_scores_every_judge_on_the_same_clips():
     clips, quality = torch.rand(5, 4, 3, 3, 8, 8), torch.rand(5, 4)
-    rows = judge_table({"bright": lambda c, p: c.mean((1, 2, 3, 4)), "dark": lambda c, p: -c.mean((1, 2, 3, 4))}, clips, ["x"] * 5, quality)
+    rows = judge_table({"bright": lambda c, p: c.mean((1, 2, 3, 4)), "dark": lambda c, p: -c.mean((1, 2, 3, 4))}, clips,
+                       ["x"] * 5, quality)
     assert rows["bright"]["pairs"] == pytest.approx(1 - rows["dark"]["pairs"]) and rows["chance"]["recall@2"] == .5
     assert table_text(rows).count("\n") == 4
 
@@ -289,6 +300,7 @@ def test_orders_are_permutations(column):
 
 
 def test_boards_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="as many of each"): judge_board(torch.rand(2, 4, 3, 8, 8), [[1.]], ["a"], [1, 2])
+    with pytest.raises(ValueError, match="as many of each"):
+        judge_board(torch.rand(2, 4, 3, 8, 8), [[1.]], ["a"], [1, 2])
     with pytest.raises(ValueError, match="one per candidate"): pairs_in_common([1], [1, 2])
     with pytest.raises(ValueError, match="marks"): judge_order([1., 2.])

@@ -42,7 +42,9 @@ def slow_dump(value, path, dump=trainer.dump):
     dump(value, path)
     data = Path(path).read_bytes()
     with open(path, "wb") as f:
-        f.write(data[:len(data)//2]); f.flush(); time.sleep(PAUSE)
+        f.write(data[:len(data)//2])
+        f.flush()
+        time.sleep(PAUSE)
         f.write(data[len(data)//2:])
 
 
@@ -50,7 +52,9 @@ def fork(work):
     "Do it in a copy of this process; its id."
     if pid := os.fork(): return pid
     try: work()
-    except BaseException as error: print(repr(error), file=sys.stderr, flush=True); os._exit(1)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        os._exit(1)
     os._exit(0)
 
 
@@ -94,7 +98,8 @@ def nursery(name, folder, home):
                       "torn": any(p.suffix == ".tmp" for p in there),
                       "whole": all(complete(p) for p in there if p.suffix != ".tmp")})
     end = replace(config, steps=notes[-1]["rows"] + 3)
-    whole(fork(lambda: life(run, end))); whole(fork(lambda: life(home/"straight", end, quick_dump)))
+    whole(fork(lambda: life(run, end)))
+    whole(fork(lambda: life(home/"straight", end, quick_dump)))
     (home/"notes.json").write_text(json.dumps(notes))
 
 

@@ -227,7 +227,8 @@ def test_the_oracle_opposes_directions():
     wrong = [replace(s, motion="right").caption for s in left]
     assert oracle(clips, [s.caption for s in left])["direction"].mean() > .85
     assert oracle(clips, wrong)["direction"].mean() < .1
-    assert oracle(clips.flip(1), [s.caption for s in left])["direction"].mean() < .7, "played backwards, a clip no longer goes left"
+    assert (oracle(clips.flip(1), [s.caption for s in left])["direction"].mean()
+            < .7), "played backwards, a clip no longer goes left"
 
 
 class Unsure(torch.nn.Module):
@@ -255,14 +256,16 @@ def test_old_weights_say_the_likeliest_species_as_they_always_did():
     net = Unsure(.2)
     net.config = net.config | {"species": 57}
     assert Oracle(net).read(torch.rand(1, 16, 3, 64, 64))[0, 0] == 0
-    assert Oracle.from_pretrained().size == 32 and not Oracle.from_pretrained().strict, "shipped until the new policy is good"
+    assert (Oracle.from_pretrained().size == 32
+            and not Oracle.from_pretrained().strict), "shipped until the new policy is good"
 
 
 def test_an_oracle_refuses_clips_of_another_size_and_a_kit_of_another_net(tmp_path):
     from instructvideo_kit.files import KitError
     from instructvideo_kit.menagerie.oracle import OracleNet
     oracle = Oracle(OracleNet(32))
-    with pytest.raises(ValueError, match=r"\(16, 3, 64, 64\).*\(16, 3, 32, 32\)"): oracle.read(torch.rand(1, 16, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"\(16, 3, 64, 64\).*\(16, 3, 32, 32\)"):
+        oracle.read(torch.rand(1, 16, 3, 64, 64))
     with pytest.raises(ValueError, match="8, 16, 32, 64"): OracleNet(60)
     oracle.save_pretrained(tmp_path)
     (tmp_path / "kit.json").write_text('{"size": 64, "species": 58, "width": 40}')
@@ -316,7 +319,8 @@ def test_spoiled_kinds_have_no_name_and_whole_ones_keep_theirs():
         own = [k for k, name in enumerate(OTHERS) if name == kind]
         assert not own or set((pool.pick(kind, 99, torch.Generator().manual_seed(2)) % 4).tolist()) == set(own)
     again = Examples("train", 16, 5, 32)
-    assert torch.equal(again.clips, pool.clips) and torch.equal(again.others, pool.others), "a resumed run sees the same pool"
+    assert (torch.equal(again.clips, pool.clips)
+            and torch.equal(again.others, pool.others)), "a resumed run sees the same pool"
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -387,7 +391,8 @@ def test_pictures_only_restores_the_temporal_layers():
 def test_the_pool_replaces_its_oldest():
     from instructvideo_kit.menagerie.models import Pool
     config = SimpleNamespace(latent_channels=3, scaling_factor=2.)
-    vae = SimpleNamespace(config=config, encode=lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: x[..., ::8, ::8])))
+    vae = SimpleNamespace(config=config,
+                          encode=lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: x[..., ::8, ::8])))
     pool = Pool(vae, menagerie_tokenizer(), 1, 12, 0)
     for k in range(4): pool.add(5, [k])
     assert pool.filled == 12 and pool.at == 20 % 12

@@ -1,4 +1,5 @@
-"One door for ModelScopeT2V, CogVideoX, Wan 2.1 and Stable Video Diffusion: the six calls, LoRA, diffusers' own pipelines, full sizes."
+"""One door for ModelScopeT2V, CogVideoX, Wan 2.1 and Stable Video Diffusion: the six calls, LoRA, diffusers' own
+pipelines, full sizes."""
 import copy
 import importlib.util
 import json
@@ -60,7 +61,8 @@ LATENTS = {"modelscope": (4, 8, 4, 4), "cogvideox": (4, 5, 4, 4), "wan": (4, 3, 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return {kind: tiny_policy(tmp_path_factory.mktemp(kind), kind) for kind in [*KINDS, "cogvideox-rotary", "wan-euler"]}
+    return {kind: tiny_policy(tmp_path_factory.mktemp(kind), kind)
+            for kind in [*KINDS, "cogvideox-rotary", "wan-euler"]}
 
 @pytest.fixture(scope="module")
 def opened(folders): return {kind: VideoPolicy.from_pretrained(folder) for kind, folder in folders.items()}
@@ -96,7 +98,8 @@ def pipeline(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = DiffusionPipeline.from_pretrained(folder)
-    if isinstance(pipe.scheduler, UniPCMultistepScheduler): pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, **FIRST_ORDER)
+    if isinstance(pipe.scheduler, UniPCMultistepScheduler):
+        pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, **FIRST_ORDER)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -104,15 +107,19 @@ def pipeline_video(pipe, policy, noise, n_ddim, w):
     "(b, f, 3, h, w) by diffusers from the same start, the noise brought into each pipeline's own layout and scale."
     h, w_pixels = policy.size
     common = dict(num_inference_steps=n_ddim, num_frames=policy.n_frames, output_type="pt")
-    if policy.PIPELINE == "TextToVideoSDPipeline": return pipe(PROMPTS, guidance_scale=w, latents=noise, **common).frames
+    if policy.PIPELINE == "TextToVideoSDPipeline":
+        return pipe(PROMPTS, guidance_scale=w, latents=noise, **common).frames
     common |= dict(height=h, width=w_pixels)
     if policy.PIPELINE == "CogVideoXPipeline":
         return pipe(PROMPTS, guidance_scale=w, latents=noise.transpose(1, 2), max_sequence_length=12, **common).frames
     if policy.PIPELINE == "WanPipeline":
         start = to_rectified(noise, policy.schedule.at(policy.schedule.timesteps(n_ddim)[0]))
         return pipe(PROMPTS, guidance_scale=w, latents=start, max_sequence_length=12, **common).frames
-    images = [Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for picture in pictures(policy)]
-    def one(image, x): return pipe(image, max_guidance_scale=w, latents=x[None].transpose(1, 2), generator=torch.Generator().manual_seed(0), **common).frames
+    images = [Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+              for picture in pictures(policy)]
+    def one(image, x):
+        return pipe(image, max_guidance_scale=w, latents=x[None].transpose(1, 2),
+                    generator=torch.Generator().manual_seed(0), **common).frames
     return torch.cat([one(image, x) for image, x in zip(images, noise)])
 
 
@@ -131,9 +138,12 @@ def test_every_prediction_stands_for_the_same_pair(alpha_bar_t, kind, seed):
 def test_ddim_step_is_the_euler_step(sigma, share, seed):
     sigma_prev, levels = sigma * share, None
     z, u = torch.randn(2, 1, 3, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    levels = Schedule(torch.tensor([rectified_alpha_bar(sigma_prev), rectified_alpha_bar(sigma)], dtype=torch.float64), "flow_prediction")
-    euler = euler_step(z, u, sigma, sigma_prev)    # 1e-7: the square root of 1 - alpha_bar near alpha_bar = 1, in float64
-    torch.testing.assert_close(to_rectified(ddim_step(from_rectified(z, sigma), u, 1, 0, levels), levels.at(0)), euler, atol=1e-7, rtol=0)
+    levels = Schedule(torch.tensor([rectified_alpha_bar(sigma_prev), rectified_alpha_bar(sigma)], dtype=torch.float64),
+                      "flow_prediction")
+    # 1e-7: the square root of 1 - alpha_bar near alpha_bar = 1, in float64
+    euler = euler_step(z, u, sigma, sigma_prev)
+    torch.testing.assert_close(to_rectified(ddim_step(from_rectified(z, sigma), u, 1, 0, levels), levels.at(0)), euler,
+                               atol=1e-7, rtol=0)
 
 def test_sensitivity_of_a_flow_step_is_that_of_autograd():
     schedule = Schedule.rectified(3.0)
@@ -204,16 +214,19 @@ def test_tau_takes_the_tail_of_every_grid():
 
 def test_schedulers_that_cannot_be_followed_are_refused():
     with pytest.raises(ValueError, match="known are"): Schedule.from_scheduler(DDIMScheduler(prediction_type="score"))
-    flow, ends_in_noise = UniPCMultistepScheduler(prediction_type="flow_prediction"), CogVideoXDDIMScheduler(**COGVIDEOX_SCHEDULER | {"prediction_type": "epsilon"})
+    flow = UniPCMultistepScheduler(prediction_type="flow_prediction")
+    ends_in_noise = CogVideoXDDIMScheduler(**COGVIDEOX_SCHEDULER | {"prediction_type": "epsilon"})
     with pytest.raises(ValueError, match="without use_flow_sigmas"): Schedule.from_scheduler(flow)
     with pytest.raises(ValueError, match="alpha_bar reaches 0"): Schedule.from_scheduler(ends_in_noise)
-    with pytest.warns(UserWarning, match="use_dynamic_shifting"): Schedule.from_scheduler(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    with pytest.warns(UserWarning, match="use_dynamic_shifting"):
+        Schedule.from_scheduler(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
 
 
 # ---- the six calls
 
 def test_the_door_knows_the_kind(opened):
-    assert [type(opened[k]).__name__ for k in KINDS] == ["VideoPolicy", "CogVideoXPolicy", "WanPolicy", "StableVideoDiffusionPolicy"]
+    assert [type(opened[k]).__name__ for k in KINDS] == ["VideoPolicy", "CogVideoXPolicy", "WanPolicy",
+                                                         "StableVideoDiffusionPolicy"]
     assert {k: opened[k].latent_shape for k in KINDS} == LATENTS
     assert len(kinds(VideoPolicy)) == 5 # and FirstFramePolicy, in test_first_frame.py
 
@@ -228,7 +241,8 @@ def test_same_video_as_diffusers(folders, opened, name, w):
     assert theirs.std() > .01
 
 def test_frozen_evaluating_and_in_float32(policy):
-    for module in policy.modules(): assert not any(p.requires_grad for p in module.parameters()) and not any(m.training for m in module.modules())
+    for module in policy.modules():
+        assert not any(p.requires_grad for p in module.parameters()) and not any(m.training for m in module.modules())
     assert len(policy.modules()) == 3 and policy.dtype == torch.float32 and policy.unet is policy.network
 
 def test_encode_and_decode(policy):
@@ -244,9 +258,11 @@ def test_chosen_frames_are_those_of_the_full_decode(policy, monkeypatch):
     for frames in ([[0, 1], [1, 0]], [[0, last], [last, 1]], [[last // 2, 2], [3, 3]]):
         some = policy.decode(z, torch.tensor(frames))
         for i in range(2): torch.testing.assert_close(some[i], everything[i, frames[i]], atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match=f"expected 0 ... {last}"): policy.decode(z, torch.tensor([[0, last + 1], [0, 1]]))
+    with pytest.raises(ValueError, match=f"expected 0 ... {last}"):
+        policy.decode(z, torch.tensor([[0, last + 1], [0, 1]]))
 
-@pytest.mark.parametrize("name, lengths", [("cogvideox", {0: 3, 8: 3, 9: 5, 16: 5}), ("wan", {0: 1, 1: 2, 4: 2, 5: 3, 8: 3})])
+@pytest.mark.parametrize("name, lengths",
+                         [("cogvideox", {0: 3, 8: 3, 9: 5, 16: 5}), ("wan", {0: 1, 1: 2, 4: 2, 5: 3, 8: 3})])
 def test_only_the_prefix_is_decoded(opened, name, lengths, monkeypatch):
     policy, seen = opened[name], []
     decode, z = policy.vae.decode, opened[name].noise([0])
@@ -256,12 +272,14 @@ def test_only_the_prefix_is_decoded(opened, name, lengths, monkeypatch):
 
 @pytest.mark.parametrize("n_frames", [1, 9, 17, 25])
 def test_cogvideox_frames_round_trip(opened, n_frames):
-    policy = type(opened["cogvideox"])(*[getattr(opened["cogvideox"], part) for part in opened["cogvideox"].PARTS], {"n_frames": n_frames})
+    policy = type(opened["cogvideox"])(*[getattr(opened["cogvideox"], part) for part in opened["cogvideox"].PARTS],
+                                       {"n_frames": n_frames})
     video = torch.rand(1, n_frames, 3, 16, 16)
     z = policy.encode(video)
     whole = policy.decode(z)
     assert whole.shape == video.shape
-    for g in range(0, n_frames, 3): torch.testing.assert_close(policy.decode(z, torch.tensor([[g]]))[:, 0], whole[:, g], atol=1e-5, rtol=1e-5)
+    for g in range(0, n_frames, 3):
+        torch.testing.assert_close(policy.decode(z, torch.tensor([[g]]))[:, 0], whole[:, g], atol=1e-5, rtol=1e-5)
 
 def test_embeddings(opened):
     for name in ("cogvideox", "wan"):
@@ -269,24 +287,30 @@ def test_embeddings(opened):
         assert policy.max_tokens == 12 and policy.max_words == 11
         text = policy.embed(PROMPTS)
         assert text.shape == (2, 12, 16) and torch.equal(policy.embed(PROMPTS[1:])[0], text[1])
-        with pytest.warns(UserWarning, match="loses 'night'"): policy.embed(["the red cat runs left in the blue sea on the night"])
-    assert not policy.embed(PROMPTS)[0, 5:].any() and policy.embed(PROMPTS)[0, :5].any()         # Wan: zero behind four words and the end
+        with pytest.warns(UserWarning, match="loses 'night'"):
+            policy.embed(["the red cat runs left in the blue sea on the night"])
+    # Wan: zero behind four words and the end
+    assert not policy.embed(PROMPTS)[0, 5:].any() and policy.embed(PROMPTS)[0, :5].any()
 
-@pytest.mark.parametrize("grad_steps, w, batched", [(0, 3., True), (1, 1., True), (1, 3., True), (1, 3., False), (3, 1., True), (3, 3., False)])
+@pytest.mark.parametrize("grad_steps, w, batched",
+                         [(0, 3., True), (1, 1., True), (1, 3., True), (1, 3., False), (3, 1., True), (3, 3., False)])
 def test_gradient_reaches_lora_and_only_lora(policy, grad_steps, w, batched):
     parameters, steps = add_lora(policy, rank=2), policy.schedule.timesteps(3, tau=1.)
-    z_0 = denoise(policy.denoiser(guidance_scale=w, batched=batched, **told(policy)), policy.noise(range(2)), steps, policy.schedule, grad_steps)
+    z_0 = denoise(policy.denoiser(guidance_scale=w, batched=batched, **told(policy)), policy.noise(range(2)), steps,
+                  policy.schedule, grad_steps)
     loss = policy.decode(z_0, torch.tensor([[1], [0]])).square().sum()
     assert loss.requires_grad == (grad_steps > 0) and loss.isfinite()
     if not grad_steps: return
     loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters) and sum(p.grad.abs().sum() for p in parameters) > 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
+    assert sum(p.grad.abs().sum() for p in parameters) > 0
     assert all(p.grad is None for module in policy.modules() for p in module.parameters() if not p.requires_grad)
 
 def test_guidance_in_one_call_or_two(policy):
     z, t = policy.noise(range(2)), int(policy.schedule.timesteps(4)[1])
     with torch.no_grad():
-        one, two, plain = (policy.denoiser(guidance_scale=w, batched=b, **told(policy))(z, t) for w, b in ((3., True), (3., False), (1., True)))
+        one, two, plain = (policy.denoiser(guidance_scale=w, batched=b, **told(policy))(z, t)
+                           for w, b in ((3., True), (3., False), (1., True)))
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
     assert one.shape == z.shape and (one - plain).abs().max() > 1e-5
 
@@ -302,7 +326,9 @@ def test_low_precision_weights_keep_latents_in_float32(opened, kind):
 
 def test_an_edit_of_a_clip_begins_and_ends_where_it_should(policy):
     "tau of a chain, corrupt and denoise: a network that knows the clip brings it back."
-    z, eps, schedule = policy.encode(torch.rand(2, policy.n_frames, 3, *policy.size)), policy.noise(range(2)), policy.schedule
+    z = policy.encode(torch.rand(2, policy.n_frames, 3, *policy.size))
+    eps = policy.noise(range(2))
+    schedule = policy.schedule
     steps = schedule.timesteps(10, .6)
     z_t = corrupt(z, eps, schedule.at(steps[0]))
     z_0 = denoise(lambda x, t: from_x0(z, x, schedule.at(t), schedule.prediction_type), z_t, steps, schedule)
@@ -314,9 +340,13 @@ def test_an_edit_of_a_clip_begins_and_ends_where_it_should(policy):
 def test_instructvideo_edits_on_the_model_s_own_grid(opened, name):
     policy, config = copied(opened[name]), InstructVideoConfig(n_ddim=5, tau=.6, grad_steps=1, merge_lora=False)
     add_lora(policy, rank=2)
-    z, eps, schedule = policy.encode(torch.rand(2, policy.n_frames, 3, *policy.size)), policy.noise(range(2)), policy.schedule
+    z = policy.encode(torch.rand(2, policy.n_frames, 3, *policy.size))
+    eps = policy.noise(range(2))
+    schedule = policy.schedule
     steps = schedule.timesteps(5, .6)
-    with torch.no_grad(): by_hand = denoise(policy.denoiser(PROMPTS, config.guidance_scale), corrupt(z, eps, schedule.at(steps[0])), steps, schedule)
+    with torch.no_grad():
+        by_hand = denoise(policy.denoiser(PROMPTS, config.guidance_scale), corrupt(z, eps, schedule.at(steps[0])),
+                          steps, schedule)
     edited = edit(policy, z, eps, PROMPTS, config)
     assert edited.requires_grad and torch.allclose(edited, by_hand, atol=1e-5)
 
@@ -370,8 +400,10 @@ def broken(folders, kind, tmp_path):
     return shutil.copytree(folders[kind], tmp_path / "p")
 
 @pytest.mark.parametrize("kind, name", [
-    ("cogvideox", "transformer/config.json"), ("cogvideox", "transformer/diffusion_pytorch_model.safetensors"), ("cogvideox", "tokenizer/tokenizer.json"),
-    ("wan", "vae/config.json"), ("wan", "text_encoder/model.safetensors"), ("wan", "scheduler/scheduler_config.json"), ("svd", "image_encoder/config.json"),
+    ("cogvideox", "transformer/config.json"), ("cogvideox", "transformer/diffusion_pytorch_model.safetensors"),
+    ("cogvideox", "tokenizer/tokenizer.json"),
+    ("wan", "vae/config.json"), ("wan", "text_encoder/model.safetensors"), ("wan", "scheduler/scheduler_config.json"),
+    ("svd", "image_encoder/config.json"),
     ("svd", "feature_extractor/preprocessor_config.json"), ("svd", "model_index.json")])
 def test_missing_file_is_named(folders, tmp_path, kind, name):
     folder = broken(folders, kind, tmp_path)
@@ -390,12 +422,15 @@ def test_unknown_directories_are_refused(folders, tmp_path):
     edit_json(folder / "model_index.json", vae=["diffusers", "AutoencoderKL"])
     refused(folder, "the vae is a AutoencoderKL by model_index.json: WanPolicy can drive AutoencoderKLWan")
     edit_json(folder / "model_index.json", transformer=["diffusers", "FluxTransformer2DModel"])
-    refused(folder, "the transformer is a FluxTransformer2DModel by model_index.json: the kit can drive UNet3DConditionModel, CogVideoX")
+    refused(folder,
+            "the transformer is a FluxTransformer2DModel by model_index.json: the kit can drive UNet3DConditionModel, "
+            "CogVideoX")
     (folder / "model_index.json").write_text('{"_class_name": "X"}')
     refused(folder, "neither a unet nor a transformer is named")
 
 @pytest.mark.parametrize("kind, prediction, expected", [
-    ("modelscope", "score", "epsilon or v_prediction or sample"), ("cogvideox", "score", "epsilon or v_prediction or sample"),
+    ("modelscope", "score", "epsilon or v_prediction or sample"),
+    ("cogvideox", "score", "epsilon or v_prediction or sample"),
     ("wan", "epsilon", "flow_prediction"), ("wan", "sample", "flow_prediction"),
     ("svd", "epsilon", "v_prediction")])
 def test_prediction_type_is_refused(folders, tmp_path, kind, prediction, expected):
@@ -405,9 +440,11 @@ def test_prediction_type_is_refused(folders, tmp_path, kind, prediction, expecte
 
 @pytest.mark.parametrize("kind, kwargs, match", [
     ("cogvideox", {"n_frames": 13}, r"n_frames is 13: .* takes 1, 9, 17, ... \(8 k \+ 1\) frames, so give 9 or 17"),
-    ("wan", {"n_frames": 16}, r"takes 1, 5, 9, ... \(4 k \+ 1\) frames, so give 13 or 17"), ("svd", {"n_frames": 0}, "takes 1 or more frames"),
+    ("wan", {"n_frames": 16}, r"takes 1, 5, 9, ... \(4 k \+ 1\) frames, so give 13 or 17"),
+    ("svd", {"n_frames": 0}, "takes 1 or more frames"),
     ("wan", {"size": (40, 32)}, "size is 40x32: height and width must be multiples of 16, so give 32 or 48 by 32"),
-    ("cogvideox", {"size": (16, 4)}, "multiples of 8, so give 16 by 8"), ("modelscope", {"size": (18, 16)}, "multiples of 4, so give 16 or 20 by 16"),
+    ("cogvideox", {"size": (16, 4)}, "multiples of 8, so give 16 by 8"),
+    ("modelscope", {"size": (18, 16)}, "multiples of 4, so give 16 or 20 by 16"),
     ("svd", {"size": (16, 15)}, "multiples of 2")])
 def test_shapes_that_cannot_be_are_refused(folders, kind, kwargs, match): refused(folders[kind], match, **kwargs)
 
@@ -416,7 +453,8 @@ def test_other_frames_and_sizes_can_be_asked_for(folders):
     assert policy.latent_shape == (4, 2, 6, 4) and draw(policy).shape == (2, 5, 3, 48, 32)
 
 SMALL_COGVIDEOX = dict(
-    num_attention_heads=1, attention_head_dim=16, out_channels=4, text_embed_dim=16, num_layers=1, sample_width=4, sample_height=4, sample_frames=17)
+    num_attention_heads=1, attention_head_dim=16, out_channels=4, text_embed_dim=16, num_layers=1, sample_width=4,
+    sample_height=4, sample_frames=17)
 
 def test_a_spiece_model_alone_says_what_to_install(folders, tmp_path):
     if importlib.util.find_spec("sentencepiece"): pytest.skip("sentencepiece is here, so the file opens")
@@ -426,7 +464,8 @@ def test_a_spiece_model_alone_says_what_to_install(folders, tmp_path):
 
 def test_variants_are_refused(folders, tmp_path):
     folder = broken(folders, "cogvideox", tmp_path)
-    CogVideoXTransformer3DModel(**SMALL_COGVIDEOX, in_channels=4, patch_size_t=1).save_pretrained(folder / "transformer")
+    CogVideoXTransformer3DModel(**SMALL_COGVIDEOX, in_channels=4,
+                                patch_size_t=1).save_pretrained(folder / "transformer")
     refused(folder, "patch_size_t 1 as in CogVideoX 1.5")
     CogVideoXTransformer3DModel(**SMALL_COGVIDEOX, in_channels=8).save_pretrained(folder / "transformer")
     refused(folder, "takes 8 channels for latents of 4")
@@ -434,36 +473,48 @@ def test_variants_are_refused(folders, tmp_path):
 def test_image_or_text_but_not_the_other(opened):
     with pytest.raises(ValueError, match="draws from pictures"): opened["svd"].generate(PROMPTS)
     with pytest.raises(ValueError, match="this policy takes"): opened["svd"].denoiser(image=torch.rand(1, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"expected float in \[0, 1\]"): opened["svd"].denoiser(image=3 * pictures(opened["svd"]))
-    with pytest.raises(ValueError, match="draws from text alone"): opened["wan"].denoiser(PROMPTS, image=torch.rand(2, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"expected float in \[0, 1\]"):
+        opened["svd"].denoiser(image=3 * pictures(opened["svd"]))
+    with pytest.raises(ValueError, match="draws from text alone"):
+        opened["wan"].denoiser(PROMPTS, image=torch.rand(2, 3, 32, 32))
 
 
 # ---- the full sizes, on paper
 
 FULL = { # network, its published config, weights, adapters' matrices, some keys and shapes
     "ModelScopeT2V": (UNet3DConditionModel, dict(
-        sample_size=32, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=1024, attention_head_dim=64),
+        sample_size=32, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280),
+        cross_attention_dim=1024, attention_head_dim=64),
         1_411_233_860, 264, {"conv_in.weight": (320, 4, 3, 3), "transformer_in.proj_in.weight": (512, 320),
                              "up_blocks.2.temp_attentions.2.transformer_blocks.0.attn1.to_q.weight": (640, 640),
                              "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": (1280, 1024)}),
     "CogVideoX-2B": (CogVideoXTransformer3DModel, dict(
-        num_attention_heads=30, attention_head_dim=64, in_channels=16, out_channels=16, time_embed_dim=512, text_embed_dim=4096, num_layers=30, sample_width=90,
-        sample_height=60, sample_frames=49, patch_size=2, max_text_seq_length=226, use_rotary_positional_embeddings=False),
+        num_attention_heads=30, attention_head_dim=64, in_channels=16, out_channels=16, time_embed_dim=512,
+        text_embed_dim=4096, num_layers=30, sample_width=90,
+        sample_height=60, sample_frames=49, patch_size=2, max_text_seq_length=226,
+        use_rotary_positional_embeddings=False),
         1_693_783_872, 120, {"patch_embed.proj.weight": (1920, 16, 2, 2), "patch_embed.text_proj.weight": (1920, 4096),
-                             "transformer_blocks.29.attn1.to_out.0.weight": (1920, 1920), "proj_out.weight": (64, 1920)}),
+                             "transformer_blocks.29.attn1.to_out.0.weight": (1920, 1920),
+                             "proj_out.weight": (64, 1920)}),
     "Wan 2.1 T2V 1.3B": (WanTransformer3DModel, dict(
-        num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=8960, num_layers=30, cross_attn_norm=True,
+        num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256,
+        ffn_dim=8960, num_layers=30, cross_attn_norm=True,
         qk_norm="rms_norm_across_heads", patch_size=(1, 2, 2)),
-        1_418_996_800, 240, {"patch_embedding.weight": (1536, 16, 1, 2, 2), "condition_embedder.text_embedder.linear_1.weight": (1536, 4096),
-                             "blocks.29.attn2.to_k.weight": (1536, 1536), "blocks.0.ffn.net.0.proj.weight": (8960, 1536), "proj_out.weight": (64, 1536)}),
+        1_418_996_800, 240, {"patch_embedding.weight": (1536, 16, 1, 2, 2),
+                             "condition_embedder.text_embedder.linear_1.weight": (1536, 4096),
+                             "blocks.29.attn2.to_k.weight": (1536, 1536),
+                             "blocks.0.ffn.net.0.proj.weight": (8960, 1536), "proj_out.weight": (64, 1536)}),
     "Stable Video Diffusion": (UNetSpatioTemporalConditionModel, dict(
-        sample_size=96, in_channels=8, out_channels=4, block_out_channels=(320, 640, 1280, 1280), num_attention_heads=(5, 10, 20, 20), num_frames=25,
+        sample_size=96, in_channels=8, out_channels=4, block_out_channels=(320, 640, 1280, 1280),
+        num_attention_heads=(5, 10, 20, 20), num_frames=25,
         cross_attention_dim=1024, addition_time_embed_dim=256, projection_class_embeddings_input_dim=768),
         1_524_623_082, 256, {"conv_in.weight": (320, 8, 3, 3), "add_embedding.linear_1.weight": (1280, 768),
-                             "mid_block.attentions.0.temporal_transformer_blocks.0.attn1.to_q.weight": (1280, 1280), "conv_out.weight": (4, 320, 3, 3)}),
+                             "mid_block.attentions.0.temporal_transformer_blocks.0.attn1.to_q.weight": (1280, 1280),
+                             "conv_out.weight": (4, 320, 3, 3)}),
 }
 PUBLISHED = { # billions, and the share by which the network alone may differ
-    "ModelScopeT2V": (1.7, .2), "CogVideoX-2B": (2., .2), "Wan 2.1 T2V 1.3B": (1.3, .1), "Stable Video Diffusion": (1.521, .003)}
+    "ModelScopeT2V": (1.7, .2), "CogVideoX-2B": (2., .2), "Wan 2.1 T2V 1.3B": (1.3, .1),
+    "Stable Video Diffusion": (1.521, .003)}
 
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_has_the_published_keys_shapes_and_weights(name):
@@ -472,7 +523,8 @@ def test_full_size_has_the_published_keys_shapes_and_weights(name):
     state = network.state_dict()
     assert {k: tuple(state[k].shape) for k in shapes} == shapes
     assert sum(p.numel() for p in network.parameters()) == n_weights
-    published, share = PUBLISHED[name] # ModelScope counts its text encoder (0.3) and autoencoder too; 2B is a rounded name
+    # ModelScope counts its text encoder (0.3) and autoencoder too; 2B is a rounded name
+    published, share = PUBLISHED[name]
     assert abs(n_weights / 1e9 / published - 1) < share
     with torch.device("meta"): parameters = add_lora(type("Holder", (), {"network": network}), rank=4)
     assert len(parameters) == 2 * n_adapters
@@ -481,5 +533,6 @@ def test_full_size_clips_have_the_published_latents():
     with torch.device("meta"): wan = AutoencoderKLWan()
     assert (wan.config.scale_factor_temporal, 1 + (81 - 1) // 4, 480 // 8, 832 // 8) == (4, 21, 60, 104)
     with torch.device("meta"): vae = AutoencoderKLCogVideoX()
-    assert vae.config.temporal_compression_ratio * vae.num_latent_frames_batch_size == 8 and 2 ** (len(vae.config.block_out_channels) - 1) == 8
+    assert vae.config.temporal_compression_ratio * vae.num_latent_frames_batch_size == 8
+    assert 2 ** (len(vae.config.block_out_channels) - 1) == 8
     assert len(vae.config.block_out_channels) == 4 and (49 - 1) % 8 == 0 and 1 + (49 - 1) // 4 == 13

@@ -68,20 +68,23 @@ def pipeline_video(folder, policy, latents, lora=None):
         pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     if lora: pipe.load_lora_weights(lora)
-    return pipe(PROMPTS, num_inference_steps=2, guidance_scale=policy.guidance_scale, latents=latents, num_frames=policy.n_frames, output_type="pt").frames
+    return pipe(PROMPTS, num_inference_steps=2, guidance_scale=policy.guidance_scale, latents=latents,
+                num_frames=policy.n_frames, output_type="pt").frames
 
 
 # ---- patch autoencoder
 
 @settings(max_examples=20, deadline=None)
-@given(n=st.integers(1, 3), c=st.integers(1, 3), h=st.integers(1, 4), w=st.integers(1, 4), patch=st.sampled_from([1, 2, 4]))
+@given(n=st.integers(1, 3), c=st.integers(1, 3), h=st.integers(1, 4), w=st.integers(1, 4),
+       patch=st.sampled_from([1, 2, 4]))
 def test_patches_are_a_permutation(n, c, h, w, patch):
     x = torch.randn(n, c, h * patch, w * patch)
     assert to_patches(x, patch).shape == (n, h, w, c * patch ** 2)
     assert torch.equal(from_patches(to_patches(x, patch), patch), x)
 
 def smooth_frames(n=48):
-    x = torch.nn.functional.interpolate(torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(0)), size=(16, 16), mode="bilinear")
+    x = torch.nn.functional.interpolate(torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(0)),
+                                        size=(16, 16), mode="bilinear")
     return x.clamp(0, 1)
 
 def test_fit_error_falls_with_channels_and_is_the_dropped_variance():
@@ -114,7 +117,8 @@ def test_fit_survives_constant_frames():
     assert all(p.isfinite().all() for p in vae.parameters())
 
 @pytest.mark.parametrize("kwargs, message", [
-    ({"patch": 3}, "power of two"), ({"channels": 49}, "48 numbers"), ({"channels": 0}, "1 ... 48"), ({"patch": 32}, "multiples of the patch")])
+    ({"patch": 3}, "power of two"), ({"channels": 49}, "48 numbers"), ({"channels": 0}, "1 ... 48"),
+    ({"patch": 32}, "multiples of the patch")])
 def test_fit_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message): PatchAutoencoder.fit(smooth_frames(2), **kwargs)
 
@@ -123,7 +127,8 @@ def test_fit_refuses(kwargs, message):
 
 def test_same_video_as_diffusers(folder, policy):
     latents = policy.noise(range(2), seed=5)
-    assert (policy.generate(PROMPTS, n_ddim=2, noise=latents) - pipeline_video(folder, policy, latents)).abs().max() < 1e-5
+    assert ((policy.generate(PROMPTS, n_ddim=2, noise=latents) - pipeline_video(folder, policy, latents)).abs().max()
+            < 1e-5)
 
 def test_shapes_follow_from_the_parts(policy):
     assert policy.size == (16, 16) and policy.latent_shape == (4, 8, 4, 4) and policy.n_frames == 8
@@ -134,24 +139,28 @@ def test_all_frozen_and_no_dropout(policy):
         assert not any(p.requires_grad for p in part.parameters()) and not any(m.training for m in part.modules())
 
 @pytest.mark.parametrize("name", [
-    "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "text_encoder/model.safetensors",
+    "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+    "text_encoder/model.safetensors",
     "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"])
 def test_missing_file_is_named(folders, tmp_path, name):
     shutil.copytree(folders["patch"], tmp_path / "p")
     (tmp_path / "p" / name).unlink()
-    with pytest.raises(KitError, match=f"^{name} is missing in .*: a pipeline directory holds") as error: VideoPolicy.from_pretrained(tmp_path / "p")
+    with pytest.raises(KitError, match=f"^{name} is missing in .*: a pipeline directory holds") as error:
+        VideoPolicy.from_pretrained(tmp_path / "p")
     assert "\n" not in str(error.value)
 
 def test_missing_tokenizer_is_named(folders, tmp_path):
     shutil.copytree(folders["patch"], tmp_path / "p")
     for file in ("tokenizer.json", "vocab.json"): (tmp_path / "p/tokenizer" / file).unlink(missing_ok=True)
-    with pytest.raises(KitError, match="tokenizer/tokenizer.json is missing"): VideoPolicy.from_pretrained(tmp_path / "p")
+    with pytest.raises(KitError, match="tokenizer/tokenizer.json is missing"):
+        VideoPolicy.from_pretrained(tmp_path / "p")
 
 def test_unknown_class_prediction_and_json_are_refused(folders, tmp_path):
     shutil.copytree(folders["patch"], tmp_path / "p")
     index = json.loads((tmp_path / "p/model_index.json").read_text())
     (tmp_path / "p/model_index.json").write_text(json.dumps({**index, "unet": ["diffusers", "UNet2DConditionModel"]}))
-    with pytest.raises(KitError, match="unet is a UNet2DConditionModel.*can drive UNet3DConditionModel"): VideoPolicy.from_pretrained(tmp_path / "p")
+    with pytest.raises(KitError, match="unet is a UNet2DConditionModel.*can drive UNet3DConditionModel"):
+        VideoPolicy.from_pretrained(tmp_path / "p")
     (tmp_path / "p/model_index.json").write_text("{")
     with pytest.raises(KitError, match="not valid JSON"): VideoPolicy.from_pretrained(tmp_path / "p")
     (tmp_path / "p/model_index.json").write_text(json.dumps(index))
@@ -166,7 +175,8 @@ def test_without_kit_json_the_defaults_are_modelscopes(folders, tmp_path):
 
 def test_save_and_open_again(policy, tmp_path):
     policy.save_pretrained(tmp_path / "copy")
-    assert str(tmp_path.parent) not in "".join(file.read_text() for file in (tmp_path / "copy").rglob("*config.json"))   # no paths of this machine
+    # no paths of this machine
+    assert str(tmp_path.parent) not in "".join(file.read_text() for file in (tmp_path / "copy").rglob("*config.json"))
     assert torch.equal(draw(VideoPolicy.from_pretrained(tmp_path / "copy")), draw(policy))
 
 
@@ -188,15 +198,18 @@ def test_encode_undoes_decode_of_the_linear_autoencoder(patch_policy):
     torch.testing.assert_close(patch_policy.encode(video), z, atol=1e-4, rtol=1e-4)
 
 @pytest.mark.parametrize("video, message", [
-    (torch.rand(1, 7, 3, 16, 16), r"\(1, 7, 3, 16, 16\).*\(b, 8, 3, 16, 16\)"), (torch.rand(1, 3, 8, 16, 16), "this policy takes"),
-    (torch.rand(8, 3, 16, 16), "this policy takes"), (torch.rand(1, 8, 3, 16, 16) * 2 - 1, r"expected float in \[0, 1\]"),
+    (torch.rand(1, 7, 3, 16, 16), r"\(1, 7, 3, 16, 16\).*\(b, 8, 3, 16, 16\)"),
+    (torch.rand(1, 3, 8, 16, 16), "this policy takes"),
+    (torch.rand(8, 3, 16, 16), "this policy takes"),
+    (torch.rand(1, 8, 3, 16, 16) * 2 - 1, r"expected float in \[0, 1\]"),
     (torch.zeros(1, 8, 3, 16, 16, dtype=torch.uint8), "expected float")])
 def test_encode_refuses(patch_policy, video, message):
     with pytest.raises(ValueError, match=message): patch_policy.encode(video)
 
 @pytest.mark.parametrize("frames", [[[0, 8], [0, 1]], [[-1, 0], [0, 1]], [[0, 1]], [0, 1]])
 def test_decode_refuses(patch_policy, frames):
-    with pytest.raises(ValueError, match="expected"): patch_policy.decode(patch_policy.noise(range(2)), torch.tensor(frames))
+    with pytest.raises(ValueError, match="expected"):
+        patch_policy.decode(patch_policy.noise(range(2)), torch.tensor(frames))
 
 def test_embeddings_are_cached_and_do_not_depend_on_company(patch_policy, opened, monkeypatch):
     calls, forward = [], patch_policy.text_encoder.forward
@@ -238,11 +251,13 @@ def test_a_clip_does_not_depend_on_its_batch(patch_policy):
     assert not torch.equal(draw(patch_policy, seed=4), together)
 
 def test_generate_refuses_other_count_of_noises(patch_policy):
-    with pytest.raises(ValueError, match="noise for 3 clips, but 2 prompts"): draw(patch_policy, noise=patch_policy.noise(range(3)))
+    with pytest.raises(ValueError, match="noise for 3 clips, but 2 prompts"):
+        draw(patch_policy, noise=patch_policy.noise(range(3)))
 
 def test_low_precision_weights_keep_latents_in_float32(policy):
     add_lora(policy.to(torch.bfloat16))
-    assert draw(policy).dtype == policy.noise([0]).dtype == policy.encode(torch.rand(1, 8, 3, 16, 16)).dtype == torch.float32
+    assert (draw(policy).dtype == policy.noise([0]).dtype == policy.encode(torch.rand(1, 8, 3, 16, 16)).dtype
+            == torch.float32)
     assert {p.dtype for p in lora_parameters(policy)} == {torch.float32}
 
 
@@ -272,16 +287,19 @@ def test_start_is_seeded_and_leaves_the_global_generator_alone(opened):
         return all(torch.equal(a[k], b[k]) for k in a)
     assert same(states[0], states[1]) and not same(states[0], states[2]) and all(after)
 
-@pytest.mark.parametrize("grad_steps, w, batched", [(0, 3., True), (1, 1., True), (1, 3., True), (1, 3., False), (3, 1., True), (3, 3., True)])
+@pytest.mark.parametrize("grad_steps, w, batched",
+                         [(0, 3., True), (1, 1., True), (1, 3., True), (1, 3., False), (3, 1., True), (3, 3., True)])
 def test_gradient_reaches_lora_and_only_lora(patch_policy, grad_steps, w, batched):
     parameters = add_lora(patch_policy)
-    z_0 = denoise(patch_policy.denoiser(PROMPTS, w, batched), patch_policy.noise(range(2)), torch.tensor([501, 251, 1]), patch_policy.schedule, grad_steps)
+    z_0 = denoise(patch_policy.denoiser(PROMPTS, w, batched), patch_policy.noise(range(2)), torch.tensor([501, 251, 1]),
+                  patch_policy.schedule, grad_steps)
     loss = patch_policy.decode(z_0, torch.tensor([[1, 4], [0, 7]])).square().sum()
     assert loss.requires_grad == (grad_steps > 0)
     if not grad_steps: return
     loss.backward()
     assert all(p.grad is not None for p in parameters) and sum(p.grad.abs().sum() for p in parameters) > 0
-    others = [p for part in (patch_policy.unet, patch_policy.vae, patch_policy.text_encoder) for p in part.parameters() if not p.requires_grad]
+    others = [p for part in (patch_policy.unet, patch_policy.vae, patch_policy.text_encoder)
+              for p in part.parameters() if not p.requires_grad]
     assert all(p.grad is None for p in others)
 
 def test_disabled_lora_is_the_base_and_is_undone(policy):
@@ -324,7 +342,8 @@ def test_lora_refuses(patch_policy, tmp_path):
     with pytest.raises(KitError, match="pytorch_lora_weights.safetensors is missing"): load_lora(patch_policy, tmp_path)
     with pytest.raises(ValueError, match="rank=0"): add_lora(patch_policy, rank=0)
     with pytest.raises(ValueError, match="no adapter 'learner'"): lora_state(patch_policy)
-    with pytest.raises(ValueError, match="no layer is named to_nowhere"): add_lora(patch_policy, targets=("to_nowhere",))
+    with pytest.raises(ValueError, match="no layer is named to_nowhere"):
+        add_lora(patch_policy, targets=("to_nowhere",))
     add_lora(patch_policy, rank=2)
     with pytest.raises(ValueError, match="is there already"): add_lora(patch_policy, rank=2)
     save_lora(patch_policy, tmp_path)

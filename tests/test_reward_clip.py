@@ -47,7 +47,8 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width)))
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(),
+                                             c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x, mask=None):
         y = self.ln_1(x)
@@ -82,7 +83,8 @@ class Visual(nn.Module):
 
 
 class OpenClip(nn.Module):
-    def __init__(self, size=32, patch=8, width=48, heads=3, layers=3, text_width=32, text_heads=2, text_layers=2, dim=20, vocabulary=514):
+    def __init__(self, size=32, patch=8, width=48, heads=3, layers=3, text_width=32, text_heads=2, text_layers=2,
+                 dim=20, vocabulary=514):
         super().__init__()
         self.visual = Visual(size, patch, width, heads, layers, dim)
         self.transformer = Transformer(text_width, text_heads, text_layers)
@@ -138,7 +140,8 @@ def judge(reference, tmp_path_factory):
     return ClipReward.from_pretrained(convert_open_clip(folder / "small.pt", folder / "converted", **HEADS))
 
 
-def frames_of(b=2, s=3, h=32, w=32, seed=0): return torch.rand(b, s, 3, h, w, generator=torch.Generator().manual_seed(seed))
+def frames_of(b=2, s=3, h=32, w=32, seed=0):
+    return torch.rand(b, s, 3, h, w, generator=torch.Generator().manual_seed(seed))
 
 
 def package_picture(x, size=32):
@@ -156,7 +159,8 @@ def package_picture(x, size=32):
 @pytest.mark.parametrize("h, w", [(32, 32), (64, 64), (24, 40), (50, 20), (32, 17)])
 def test_same_scores_as_open_clip_towers(reference, judge, h, w):
     frames = frames_of(h=h, w=w)
-    ids = torch.zeros(2, 77, dtype=torch.long) # open_clip pads with 0, transformers with the end token: neither may matter
+    # open_clip pads with 0, transformers with the end token: neither may matter
+    ids = torch.zeros(2, 77, dtype=torch.long)
     for row, caption in zip(ids, CAPTIONS):
         tokens = judge.tokenizer(caption).input_ids
         row[:len(tokens)] = torch.tensor(tokens)
@@ -174,10 +178,13 @@ def test_full_size_hpsv2_is_covered():
         w, rest = width[tower], key.rpartition("resblocks.")[2]
         if "resblocks" in key:
             if "in_proj" in rest: return (3 * w, w) if rest.endswith("weight") else (3 * w,)
-            if rest.endswith("weight") and "ln_" not in rest: return {"c_fc": (4 * w, w), "c_proj": (w, 4 * w)}.get(rest.split(".")[-2], (w, w))
+            if rest.endswith("weight") and "ln_" not in rest:
+                return {"c_fc": (4 * w, w), "c_proj": (w, 4 * w)}.get(rest.split(".")[-2], (w, w))
             return (4 * w,) if "c_fc" in rest else (w,)
-        plain = {"visual.positional_embedding": (257, 1280), "visual.conv1.weight": (1280, 3, 14, 14), "visual.proj": (1280, 1024), "logit_scale": (),
-                 "token_embedding.weight": (49408, 1024), "positional_embedding": (77, 1024), "text_projection": (1024, 1024)}
+        plain = {"visual.positional_embedding": (257, 1280), "visual.conv1.weight": (1280, 3, 14, 14),
+                 "visual.proj": (1280, 1024), "logit_scale": (),
+                 "token_embedding.weight": (49408, 1024), "positional_embedding": (77, 1024),
+                 "text_projection": (1024, 1024)}
         return plain.get(key, (w,))
     state = {k: torch.empty(shape(k), device="meta") for k in open_clip_keys()}
     config = open_clip_config(state)
@@ -187,7 +194,8 @@ def test_full_size_hpsv2_is_covered():
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
     assert sum(p.numel() for p in model.parameters()) == 986_109_441
     vision, text = config.vision_config, config.text_config
-    assert (vision.image_size, vision.num_attention_heads, text.num_attention_heads, vision.hidden_act, text.eos_token_id) == (224, 16, 16, "gelu", 49407)
+    assert (vision.image_size, vision.num_attention_heads, text.num_attention_heads, vision.hidden_act,
+            text.eos_token_id) == (224, 16, 16, "gelu", 49407)
 
 
 def test_key_list_is_the_reference_towers(reference):
@@ -209,7 +217,8 @@ def test_official_layout_is_converted_once(official, cache):
 
 
 def test_prefix_and_half_precision_checkpoint(official, reference):
-    torch.save({"state_dict": {f"module.{k}": v.half() for k, v in reference.state_dict().items()}, "epoch": 3}, official)
+    torch.save({"state_dict": {f"module.{k}": v.half() for k, v in reference.state_dict().items()}, "epoch": 3},
+               official)
     reward = ClipReward.from_pretrained(official)
     assert reward.model.dtype == torch.float32 and reward(frames_of(), CAPTIONS).isfinite().all()
 
@@ -248,7 +257,8 @@ def test_cut_off_file_is_refused(official):
 def test_missing_weights_say_how_to_fetch(monkeypatch):
     def nowhere(name, kind): raise KitError(f'reward "{name}" is not here')
     monkeypatch.setattr(clip_module, "locate", nowhere)
-    with pytest.raises(KitError, match=r"huggingface.co/xswu/HPSv2/resolve/main/HPS_v2.1_compressed.pt.*give its path"): ClipReward.from_pretrained("hpsv2.1")
+    with pytest.raises(KitError, match=r"huggingface.co/xswu/HPSv2/resolve/main/HPS_v2.1_compressed.pt.*give its path"):
+        ClipReward.from_pretrained("hpsv2.1")
     with pytest.raises(KitError, match="did you mean .pickscore"): ClipReward.from_pretrained("pickscor")
 
 
@@ -268,7 +278,8 @@ def test_native_folder_with_kit_json(judge, tmp_path):
     judge.tokenizer.save_pretrained(tmp_path)
     plain = ClipReward.from_pretrained(tmp_path)
     assert (plain.preprocess, plain.scale, plain.name) == ("clip", 1.0, tmp_path.name)
-    (tmp_path / "kit.json").write_text(json.dumps(dict(name="mine", preprocess="squash", scale="logit_scale", mean=[0, 0, 0], std=[1, 1, 1])))
+    (tmp_path / "kit.json").write_text(
+        json.dumps(dict(name="mine", preprocess="squash", scale="logit_scale", mean=[0, 0, 0], std=[1, 1, 1])))
     mine = ClipReward.from_pretrained(str(tmp_path))
     assert (mine.name, mine.preprocess, mine.mean) == ("mine", "squash", (0, 0, 0))
     assert mine.scale == pytest.approx(judge.model.logit_scale.exp().item())
@@ -279,7 +290,8 @@ def test_native_folder_with_kit_json(judge, tmp_path):
 
 def test_tokenizer_must_fit_the_text_tower(judge, tmp_path):
     write_tokenizer(tmp_path, ["a b"]) # one merge more: the end token moves
-    with pytest.raises(KitError, match="token 513, but the tokenizer ends captions with 514"): ClipReward(judge.model, load_tokenizer(tmp_path))
+    with pytest.raises(KitError, match="token 513, but the tokenizer ends captions with 514"):
+        ClipReward(judge.model, load_tokenizer(tmp_path))
 
 
 @pytest.mark.parametrize("how", PREPROCESSINGS)
@@ -303,7 +315,8 @@ def test_gradient_against_finite_differences(reference, judge, how):
 def test_weights_without_a_tokenizer_take_clips_own(tmp_path, cache, monkeypatch):
     merges = [f"{a} {b}" for a in "abcdefgh" for b in "ijkl"]
     monkeypatch.setattr(clip_module, "_clip_merges", lambda beside: merges)
-    assert load_tokenizer(tmp_path)("a").input_ids == [512 + 32, 320, 513 + 32] and (cache / "clip_tokenizer/vocab.json").exists()
+    assert load_tokenizer(tmp_path)("a").input_ids == [512 + 32, 320, 513 + 32]
+    assert (cache / "clip_tokenizer/vocab.json").exists()
     monkeypatch.setattr(clip_module, "_clip_merges", lambda beside: None)
     def nowhere(name, kind): raise KitError("not here")
     monkeypatch.setattr(clip_module, "locate", nowhere)
@@ -324,7 +337,8 @@ def test_chunks_change_neither_scores_nor_gradients(judge):
 def test_each_caption_is_read_once(judge, monkeypatch):
     judge._texts.clear()
     seen, real = [], judge.model.get_text_features
-    monkeypatch.setattr(judge.model, "get_text_features", lambda input_ids, **k: seen.append(len(input_ids)) or real(input_ids=input_ids, **k))
+    monkeypatch.setattr(judge.model, "get_text_features", lambda input_ids, **k: seen.append(len(input_ids))
+                        or real(input_ids=input_ids, **k))
     with torch.inference_mode(): first = judge(frames_of(3), ["a", "b", "a"])
     assert seen == [2] # the repeated caption went through once
     judge(frames_of(3), ["b", "c", "a"])
@@ -381,7 +395,8 @@ def test_half_precision_towers_give_32_bit_scores(judge):
 
 
 def test_long_caption_is_cut_and_said(judge):
-    with pytest.warns(UserWarning, match=r'reads 77 tokens.*does not see: ".*zebra'): judge.text_features(["x" * 80 + " zebra"])
+    with pytest.warns(UserWarning, match=r'reads 77 tokens.*does not see: ".*zebra'):
+        judge.text_features(["x" * 80 + " zebra"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         judge.text_features(["a short one"])
@@ -441,19 +456,22 @@ def test_every_shape_becomes_the_judges_square(h, w, how):
     x = preprocess(torch.full((1, 2, 3, h, w), 0.5), 16, how, mean=(0,) * 3, std=(1,) * 3)
     assert x.shape == (2, 3, 16, 16)
     bars = (x == 0).all(dim=1)
-    assert torch.allclose(x[~bars.unsqueeze(1).expand_as(x)], torch.tensor(0.5), atol=1e-4) # a flat picture stays flat between its bars
+    # a flat picture stays flat between its bars
+    assert torch.allclose(x[~bars.unsqueeze(1).expand_as(x)], torch.tensor(0.5), atol=1e-4)
     if how != "hpsv2" or h == w: assert not bars.any()
 
 
 @settings(max_examples=40, deadline=None)
-@given(h=st.integers(1, 9), w=st.integers(1, 9), shift=st.integers(0, 4), noise=st.sampled_from([0.0, 0.2]), seed=st.integers(0, 99))
+@given(h=st.integers(1, 9), w=st.integers(1, 9), shift=st.integers(0, 4), noise=st.sampled_from([0.0, 0.2]),
+       seed=st.integers(0, 99))
 def test_augment_stays_in_range_and_repeats_with_its_seed(h, w, shift, noise, seed):
     frames = frames_of(2, 2, h, w, seed)
     one, two = (augment(frames, shift, noise, torch.Generator().manual_seed(seed)) for _ in range(2))
     assert one.shape == frames.shape and torch.equal(one, two)
     assert one.min() >= 0 and one.max() <= 1
     if not shift and not noise: assert one is frames
-    if not noise: assert set(one.flatten().tolist()) <= set(frames.flatten().tolist()) # a shift moves pixels, it makes none
+    if not noise:
+        assert set(one.flatten().tolist()) <= set(frames.flatten().tolist()) # a shift moves pixels, it makes none
 
 
 def test_shift_moves_each_frame_by_its_own_offset():
@@ -466,7 +484,8 @@ def test_shift_moves_each_frame_by_its_own_offset():
 def test_augment_passes_the_gradient():
     frames = frames_of().requires_grad_()
     augment(frames, 2, 0.05, torch.Generator().manual_seed(0)).sum().backward()
-    assert frames.grad.sum().item() == pytest.approx(frames.numel(), rel=1e-5) # replicate padding hands every output pixel to one input pixel
+    # replicate padding hands every output pixel to one input pixel
+    assert frames.grad.sum().item() == pytest.approx(frames.numel(), rel=1e-5)
 
 
 def test_aesthetic_head_is_checked(judge, tmp_path):
@@ -474,9 +493,11 @@ def test_aesthetic_head_is_checked(judge, tmp_path):
     one = nn.Linear(20, 1)
     torch.save(one.state_dict(), tmp_path / "linear.pth")
     reward = AestheticReward(judge, aesthetic_head(tmp_path / "linear.pth"))
-    torch.testing.assert_close(reward(frames_of(), CAPTIONS), one(judge.image_features(frames_of())).squeeze(-1).detach())
+    torch.testing.assert_close(reward(frames_of(), CAPTIONS),
+                               one(judge.image_features(frames_of())).squeeze(-1).detach())
     torch.save(nn.Linear(768, 1).state_dict(), tmp_path / "wide.pth")
-    with pytest.raises(KitError, match="width 768.*ViT-L/14"): AestheticReward(judge, aesthetic_head(tmp_path / "wide.pth"))
+    with pytest.raises(KitError, match="width 768.*ViT-L/14"):
+        AestheticReward(judge, aesthetic_head(tmp_path / "wide.pth"))
     torch.save({"a.weight": torch.zeros(3, 5)}, tmp_path / "bad.pth")
     with pytest.raises(KitError, match="not an aesthetic head"): aesthetic_head(tmp_path / "bad.pth")
 

@@ -83,7 +83,9 @@ def main():
     with tempfile.TemporaryDirectory() as home:
         folder = tiny_pipeline(Path(home)/"policy", prediction_type="v_prediction", vae="patch")
         found = {name: figures(name, folder, Path(home)) for name in RUNS}
-    if "--exact" not in sys.argv: LOG.write_text(json.dumps(found, indent=1) + "\n"); return
+    if "--exact" not in sys.argv:
+        LOG.write_text(json.dumps(found, indent=1) + "\n")
+        return
     then = json.loads(LOG.read_text())
     differ = [f"{name}.{k}" for name, run in then.items() for k in run if run[k] != found[name].get(k)]
     print("every number is the same to the last bit" if not differ else f"different: {differ}")

@@ -60,17 +60,20 @@ def test_generator_decides():
     (lambda: segment_frames(16, 17), "n_segments is 17.*1..16"), (lambda: segment_frames(16, 0), "n_segments is 0"),
     (lambda: segment_frames(0, 1), "n_segments is 1"),
     (lambda: segment_frames(16, 4, 0), "batch is 0"), (lambda: segment_frames(16, 4, mode="last"), "'last'"),
-    (lambda: segmental_reward(torch.zeros(4)), r"\(4,\)"), (lambda: segmental_reward(torch.zeros(2, 4), torch.zeros(4)), r"\(4,\)"),
+    (lambda: segmental_reward(torch.zeros(4)), r"\(4,\)"),
+    (lambda: segmental_reward(torch.zeros(2, 4), torch.zeros(4)), r"\(4,\)"),
     (lambda: segmental_reward(torch.zeros(2, 4), torch.zeros(4, 2)), r"\(4, 2\)"),
-    (lambda: tar_weights(torch.zeros(1, 4).long(), 16, lam=-1), "lam is -1"), (lambda: tar_weights([[0]], 16, lam=math.nan), "lam is nan"),
-    (lambda: tar_weights([[0]], 16, lam=math.inf), "lam is inf"), (lambda: tar_weights([[0]], 16, center="middle"), "'middle'"),
+    (lambda: tar_weights(torch.zeros(1, 4).long(), 16, lam=-1), "lam is -1"),
+    (lambda: tar_weights([[0]], 16, lam=math.nan), "lam is nan"),
+    (lambda: tar_weights([[0]], 16, lam=math.inf), "lam is inf"),
+    (lambda: tar_weights([[0]], 16, center="middle"), "'middle'"),
     (lambda: tar_weights([[0, 16]], 16), "0..15"), (lambda: tar_weights([[-1, 3]], 16), "from -1"),
 ])
 def test_bad_input_has_one_clear_line(call, words):
     with pytest.raises(ValueError, match=words) as e: call()
     assert "\n" not in str(e.value)
 
-# --- TAR ------------------------------------------------------------------------------------------------------------------------------
+# --- TAR --------------------------------------------------------------------------------------------------------------
 
 @given(st.integers(1, 64), st.floats(0, 5), st.sampled_from(["paper", "midpoint"]))
 def test_weights_lie_in_0_1_and_fall_away_from_the_centre(n_frames, lam, center):
@@ -85,13 +88,15 @@ def test_weights_lie_in_0_1_and_fall_away_from_the_centre(n_frames, lam, center)
 def test_eq_7_by_hand():
     g = torch.tensor([[1, 7, 8, 15]])
     assert torch.allclose(tar_weights(g, 16), torch.tensor([[-7., -1., 0., -7.]]).exp())
-    assert torch.allclose(tar_weights(g, 16, lam=0.5, center="midpoint"), torch.tensor([[-3.25, -0.25, -0.25, -3.75]]).exp())
+    assert torch.allclose(tar_weights(g, 16, lam=0.5, center="midpoint"),
+                          torch.tensor([[-3.25, -0.25, -0.25, -3.75]]).exp())
     assert tar_weights([[3, 4]], 9, center="paper").argmax() == 1 and tar_weights(g, 16).dtype == torch.float32
     assert tar_weights(g.tolist(), 16).shape == (1, 4)
 
 def test_shares_of_the_released_code():
     e = expected_weights()
-    assert torch.allclose(e, torch.tensor([0.0026, 0.1428, 0.3883, 0.0071]), atol=5e-5) and math.isclose(e.mean(), 0.1352, abs_tol=5e-5)
+    assert torch.allclose(e, torch.tensor([0.0026, 0.1428, 0.3883, 0.0071]), atol=5e-5)
+    assert math.isclose(e.mean(), 0.1352, abs_tol=5e-5)
     assert [round(100 * s, 1) for s in (e / e.sum()).tolist()] == [0.5, 26.4, 71.8, 1.3]
     middle = expected_weights(center="midpoint")
     assert [round(100 * s, 1) for s in (middle / middle.sum()).tolist()] == [0.9, 49.1, 49.1, 0.9]
@@ -99,9 +104,10 @@ def test_shares_of_the_released_code():
 @pytest.mark.parametrize("n_frames, n_segments, center", [(16, 4, "paper"), (17, 4, "midpoint"), (10, 3, "paper")])
 def test_expected_weights_is_the_mean_over_draws(n_frames, n_segments, center):
     g = segment_frames(n_frames, n_segments, 20000, generator=generator())
-    assert torch.allclose(tar_weights(g, n_frames, 0.5, center).mean(0), expected_weights(n_frames, n_segments, 0.5, center), atol=0.01)
+    assert torch.allclose(tar_weights(g, n_frames, 0.5, center).mean(0),
+                          expected_weights(n_frames, n_segments, 0.5, center), atol=0.01)
 
-# --- Eq. 6 and 8 ----------------------------------------------------------------------------------------------------------------------
+# --- Eq. 6 and 8 ------------------------------------------------------------------------------------------------------
 
 @given(st.integers(1, 6), st.integers(1, 8))
 def test_reward_identities(b, s):

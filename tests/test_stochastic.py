@@ -254,7 +254,9 @@ def test_gradient_of_the_log_probability_by_finite_differences():
             values = []
             for h in (1e-6, -1e-6):
                 with torch.no_grad():
-                    net.a[k] += h; values.append(total().item()); net.a[k] -= h
+                    net.a[k] += h
+                    values.append(total().item())
+                    net.a[k] -= h
             assert math.isclose((values[0] - values[1]) / 2e-6, gradient[k].item(), rel_tol=1e-5, abs_tol=1e-7)
 
 @given(deviation=st.floats(.05, .8), scale=st.sampled_from([None, .3]), seed=st.integers(0, 99))

@@ -89,13 +89,15 @@ def test_the_picture_shows_what_there_is():
 
 
 def board(folder, run, clips, config, **options):
-    return TrainingDashboard("instructvideo", lambda: open_policy(folder), redness, clips, config, run, pause=0., **options)
+    return TrainingDashboard("instructvideo", lambda: open_policy(folder), redness, clips, config, run,
+                             pause=0., **options)
 
 
 def test_the_button_stops_saved_and_the_run_goes_on_exactly(patch_folder, tmp_path):
     clips = some_clips(open_policy(patch_folder))
     config = InstructVideoConfig(**{**SMALL, "steps": 6, "save_every": 100, "dropout": True})
-    straight = tune("instructvideo", open_policy(patch_folder), redness, clips, config, tmp_path/"straight", progress=False)
+    straight = tune("instructvideo", open_policy(patch_folder), redness, clips, config, tmp_path/"straight",
+                    progress=False)
     panel = board(patch_folder, tmp_path/"run", clips, config, profile=clips[0], profile_every=2)
     assert panel.halt.disabled and "step 0 of 6" in panel.note.value
     slow = panel._between_steps

@@ -103,7 +103,8 @@ def test_full_tau_starts_near_pure_noise_and_small_tau_near_the_clip(patch_folde
 
 
 def test_only_the_lora_has_a_gradient(folder):
-    policy = open_policy(folder); add_lora(policy, 2)
+    policy = open_policy(folder)
+    add_lora(policy, 2)
     config = InstructVideoConfig(**SMALL)
     step = InstructVideo(policy, redness, some_clips(policy), config, make_accelerator(config, "cpu"))
     row = step.step(range(2))
@@ -116,7 +117,8 @@ def test_only_the_lora_has_a_gradient(folder):
 def test_dropout_is_off_unless_asked_for(folder):
     rewards = {}
     for dropout in (False, True):
-        policy = open_policy(folder); add_lora(policy, 2)
+        policy = open_policy(folder)
+        add_lora(policy, 2)
         config = InstructVideoConfig(**SMALL, dropout=dropout)
         step = InstructVideo(policy, redness, some_clips(policy), config, make_accelerator(config, "cpu"))
         rewards[dropout] = [step.step(range(2))["reward"].item() for _ in range(2)]
@@ -127,7 +129,8 @@ def test_dropout_is_off_unless_asked_for(folder):
 def test_micro_batches_give_the_gradient_of_the_batch(folder):
     gradients = []
     for accum in (1, 2):
-        policy = open_policy(folder); add_lora(policy, 2)
+        policy = open_policy(folder)
+        add_lora(policy, 2)
         config = InstructVideoConfig(**{**SMALL, "grad_accum": accum, "augment_shift": 1, "augment_noise": .1,
                                         "offset_noise": .1})
         step = InstructVideo(policy, redness, some_clips(policy), config, make_accelerator(config, "cpu"))
@@ -174,7 +177,8 @@ def test_more_steps_are_a_fair_reason_to_resume_and_another_lr_is_not(patch_fold
 
 
 def test_evaluations_are_logged_and_the_result_loads(patch_folder, tmp_path):
-    policy = open_policy(patch_folder); seen = []
+    policy = open_policy(patch_folder)
+    seen = []
     config = InstructVideoConfig(**{**SMALL, "steps": 4, "eval_every": 2})
     result = tune(policy, redness, some_clips(policy), config, tmp_path/"run", evaluate=lambda p,
                   step: (seen.append(p is policy), {"held_out": step})[1], progress=False)
@@ -187,7 +191,8 @@ def test_evaluations_are_logged_and_the_result_loads(patch_folder, tmp_path):
 def test_nan_reward_stops_with_one_line_and_keeps_the_checkpoint(patch_folder, tmp_path):
     calls = []
     def breaks(frames, prompts):
-        calls.append(1); return redness(frames, prompts)*(float("nan") if len(calls) > 3 else 1.)
+        calls.append(1)
+        return redness(frames, prompts)*(float("nan") if len(calls) > 3 else 1.)
     with pytest.raises(KitError, match="step 4: .*not finite.*step-000002"):
         policy = open_policy(patch_folder)
         tune(policy, breaks, some_clips(policy), InstructVideoConfig(**SMALL), tmp_path/"run", progress=False)

@@ -1,4 +1,5 @@
-"""Tutorials with another model: each with the second line of its set-up, small random models in the place of the real ones, from top to bottom.
+"""Tutorials with another model: each with the second line of its set-up, small random models in the place of the real
+ones, from top to bottom.
 
 Two cheap ones run always; KIT_OTHER_POLICY=all runs all of them (some minutes each), KIT_OTHER_POLICY="07 11" those."""
 import json
@@ -14,8 +15,10 @@ from tiny_policies import tiny_policy
 
 from instructvideo_kit.reward.videoscore import write_small_videoscore
 
-SOLVED = Path(__file__).resolve().parent.parent/"tutorials/solved" # with the solutions in, so that every cell has what it needs
-WRITE = {"ali-vilab/text-to-video-ms-1.7b": tiny_pipeline, # 8 frames of 16x16, epsilon-prediction, another autoencoder: nothing as in the menagerie
+# with the solutions in, so that every cell has what it needs
+SOLVED = Path(__file__).resolve().parent.parent/"tutorials/solved"
+# 8 frames of 16x16, epsilon-prediction, another autoencoder: nothing as in the menagerie
+WRITE = {"ali-vilab/text-to-video-ms-1.7b": tiny_pipeline,
          "hpsv2": tiny_reward, "TIGER-Lab/VideoScore": write_small_videoscore,
          "stabilityai/stable-video-diffusion-img2vid": lambda folder: tiny_policy(folder, "svd")}
 SECOND_LINE = re.compile(r"\A(?:MODEL|JUDGE), .*\n# (.*)")
@@ -49,8 +52,10 @@ def test_the_second_line_is_taken():
 @pytest.mark.parametrize("path", list(tutorials()))
 def test_runs_with_another_model(path, models):
     nb = nbformat.read(path, 4)
-    lines = {i: line for i, c in enumerate(nb.cells) if c.cell_type == "code" and (line := other_line(c.source, models))}
+    lines = {i: line for i, c in enumerate(nb.cells) if c.cell_type == "code"
+             and (line := other_line(c.source, models))}
     assert len(lines) == 1, "one cell chooses the model, and has the real one's line below it as a comment"
     for i, line in lines.items(): nb.cells[i].source = line
-    NotebookClient(nb, timeout=1200, kernel_name="python3", resources={"metadata": {"path": SOLVED}}).execute() # raises with the cell that failed
+    # raises with the cell that failed
+    NotebookClient(nb, timeout=1200, kernel_name="python3", resources={"metadata": {"path": SOLVED}}).execute()
     assert "Not the menagerie" in json.dumps([c.get("outputs") for c in nb.cells])

@@ -1,4 +1,5 @@
-"VideoScoreReward: the release's text, frames, pictures and weights; scores that no neighbour moves; gradients; refusals."
+"""VideoScoreReward: the release's text, frames, pictures and weights; scores that no neighbour moves; gradients;
+refusals."""
 import hashlib
 import json
 import os
@@ -44,7 +45,8 @@ def clips(b=2, f=4, h=18, w=26, seed=0): return torch.rand(b, f, 3, h, w, genera
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory): return write_small_videoscore(tmp_path_factory.mktemp("videoscore"), words=" ".join(CAPTIONS))
+def folder(tmp_path_factory):
+    return write_small_videoscore(tmp_path_factory.mktemp("videoscore"), words=" ".join(CAPTIONS))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,8 @@ def reward(folder): return VideoScoreReward.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
-def qwen_folder(tmp_path_factory): return write_small_videoscore(tmp_path_factory.mktemp("qwen"), words=" ".join(CAPTIONS), family="qwen2_vl")
+def qwen_folder(tmp_path_factory):
+    return write_small_videoscore(tmp_path_factory.mktemp("qwen"), words=" ".join(CAPTIONS), family="qwen2_vl")
 
 
 @pytest.fixture(scope="module")
@@ -78,26 +81,33 @@ def released_keys(vision_layers=27, resampler_layers=3, text_layers=32):
     bare = [f"{a}.weight" for a in (*attention, "self_attn.o_proj")] + mlp + ["post_attention_layernorm.weight"]
     vision = both("layer_norm1", "layer_norm2", *attention, "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
     parts = {
-        "model.vision_model.": both("embeddings.patch_embedding", "post_layernorm") + ["embeddings.position_embedding.weight"],
-        "model.connector.": [k.replace("mlp", "modality_projection") for k in mlp] + ["perceiver_resampler.latents", "perceiver_resampler.norm.weight"],
+        "model.vision_model.": both("embeddings.patch_embedding", "post_layernorm")
+        + ["embeddings.position_embedding.weight"],
+        "model.connector.": [k.replace("mlp", "modality_projection") for k in mlp]
+        + ["perceiver_resampler.latents", "perceiver_resampler.norm.weight"],
         "model.text_model.": ["embed_tokens.weight", "norm.weight"],
         "score.": ["weight", "bias"],
         **{f"model.vision_model.encoder.layers.{i}.": vision for i in range(vision_layers)},
-        **{f"model.connector.perceiver_resampler.layers.{i}.": bare + ["input_latents_norm.weight", "input_context_norm.weight"] for i in range(resampler_layers)},
+        **{f"model.connector.perceiver_resampler.layers.{i}.": bare
+           + ["input_latents_norm.weight", "input_context_norm.weight"] for i in range(resampler_layers)},
         **{f"model.text_model.layers.{i}.": bare + ["input_layernorm.weight"] for i in range(text_layers)},
     }
     return {stem + name for stem, names in parts.items() for name in names}
 
 
 def released_qwen_keys(vision_layers=32, text_layers=28):
-    "Names in VideoScore-Qwen2-VL's checkpoint: those of transformers 4.45, where visual, model and score stood side by side."
+    """Names in VideoScore-Qwen2-VL's checkpoint: those of transformers 4.45, where visual, model and score stood
+    side by side."""
     def both(*names):
         return [f"{n}.{p}" for n in names for p in ("weight", "bias")]
     parts = {"visual.": ["patch_embed.proj.weight", *both("merger.ln_q", "merger.mlp.0", "merger.mlp.2")],
              "model.": ["embed_tokens.weight", "norm.weight"], "": both("score"),
-             **{f"visual.blocks.{i}.": both("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2") for i in range(vision_layers)},
-             **{f"model.layers.{i}.": both(*(f"self_attn.{p}_proj" for p in "qkv")) + [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
-                + ["self_attn.o_proj.weight", "input_layernorm.weight", "post_attention_layernorm.weight"] for i in range(text_layers)}}
+             **{f"visual.blocks.{i}.": both("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+                for i in range(vision_layers)},
+             **{f"model.layers.{i}.": both(*(f"self_attn.{p}_proj" for p in "qkv"))
+                + [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
+                + ["self_attn.o_proj.weight", "input_layernorm.weight", "post_attention_layernorm.weight"]
+                for i in range(text_layers)}}
     return {stem + name for stem, names in parts.items() for name in names}
 
 
@@ -121,7 +131,8 @@ def test_full_size_has_the_released_names_and_sizes():
     assert len(ours) == 764
     count = sum(p.numel() for p in model.parameters())
     assert count == 8_271_704_309
-    assert abs(count * 2 / 1e9 - (4.97 + 4.92 + 5.00 + 1.66)) < 0.02 # the release's four bf16 files; a word predictor more would be 0.26 off
+    # the release's four bf16 files; a word predictor more would be 0.26 off
+    assert abs(count * 2 / 1e9 - (4.97 + 4.92 + 5.00 + 1.66)) < 0.02
     shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     assert shapes["score.weight"] == (5, 4096) and shapes["model.connector.perceiver_resampler.latents"] == (64, 4096)
     assert shapes["model.vision_model.embeddings.position_embedding.weight"] == (70 * 70, 1152)
@@ -162,7 +173,9 @@ def test_pickled_weights_load_without_running_code(copy, reward, monkeypatch):
 
 
 def test_the_question_is_the_releases():
-    assert hashlib.sha256(PROMPT.encode()).hexdigest() == "49b386d9ea3003760c983cc258cf4211faf858d58191f95fcfacdf68a8fed2c0" # of the text in its scripts
+    # of the text in its scripts
+    assert (hashlib.sha256(PROMPT.encode()).hexdigest()
+            == "49b386d9ea3003760c983cc258cf4211faf858d58191f95fcfacdf68a8fed2c0")
     text = videoscore_text('a {strange} "fox"', 3, 2)
     pictures = "<fake_token_around_image><image><image><fake_token_around_image> " * 3
     assert text == PROMPT.format(text_prompt='a {strange} "fox"') + pictures
@@ -173,8 +186,10 @@ def test_the_question_is_the_releases():
 def test_places_and_pictures_as_transformers_own_processor_and_model(reward):
     from transformers import PreTrainedTokenizerFast
     from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(reward.tokenizer.to_str()), unk_token="<unk>", pad_token="</s>")
-    pictures = Idefics2ImageProcessorPil(size=dict(shortest_edge=16, longest_edge=40), image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(reward.tokenizer.to_str()),
+                                        unk_token="<unk>", pad_token="</s>")
+    pictures = Idefics2ImageProcessorPil(size=dict(shortest_edge=16, longest_edge=40), image_mean=[0.5] * 3,
+                                         image_std=[0.5] * 3)
     levels = torch.randint(256, (3, 3, 18, 26), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     processed = pictures([list(levels.numpy())], return_tensors="pt")
     text = PROMPT.format(text_prompt=CAPTIONS[0])
@@ -183,13 +198,15 @@ def test_places_and_pictures_as_transformers_own_processor_and_model(reward):
     tokens = tokenizer(text.replace("<image>", fake + "<image>" * 3 + fake), return_tensors="pt")
     ids, mask = reward.tokens(CAPTIONS[:1], 3, 3)
     assert torch.equal(ids, tokens.input_ids) and mask.all()
-    hidden = reward.model.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, **processed).last_hidden_state
+    hidden = reward.model.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask,
+                                **processed).last_hidden_state
     expected = reward.model.score(hidden[:, -1])
     exact = idefics_pictures(levels / 255, 16, 40)
     assert ((exact - processed.pixel_values[0]).abs().max() * 255 / 2) <= 1.01
     got = reward(levels[None] / 255, CAPTIONS[:1])
     assert (got - expected).abs().max() < 0.05 * expected.abs().max() # same but for PIL's rounding
-    expected = reward.model.score(reward.model.model(input_ids=tokens.input_ids, pixel_values=exact[None]).last_hidden_state[:, -1])
+    expected = reward.model.score(reward.model.model(input_ids=tokens.input_ids,
+                                                     pixel_values=exact[None]).last_hidden_state[:, -1])
     assert (got - expected).abs().max() < 1e-5
 
 
@@ -201,12 +218,15 @@ def test_pictures_against_the_image_library(h, w):
     assert np.abs(idefics_pictures(x, 16, 40)[0].numpy() - (expected - 0.5) / 0.5).max() < 1e-5
 
 
-@pytest.mark.parametrize("shape, size", [((256, 256), (378, 378)), ((256, 512), (378, 512)), ((320, 576), (378, 576)), ((1080, 1920), (551, 980)),
-                                         ((1920, 1080), (980, 551)), ((100, 2000), (378, 980)), ((980, 980), (980, 980))])
+@pytest.mark.parametrize("shape, size", [((256, 256), (378, 378)), ((256, 512), (378, 512)), ((320, 576), (378, 576)),
+                                         ((1080, 1920), (551, 980)),
+                                         ((1920, 1080), (980, 551)), ((100, 2000), (378, 980)),
+                                         ((980, 980), (980, 980))])
 def test_size_rule(shape, size):
     from transformers.image_utils import SizeDict
     from transformers.models.idefics2.image_processing_pil_idefics2 import get_resize_output_image_size
-    assert picture_size(*shape) == size == get_resize_output_image_size(np.zeros((3, *shape), bool), SizeDict(shortest_edge=378, longest_edge=980))
+    assert picture_size(*shape) == size == get_resize_output_image_size(np.zeros((3, *shape), bool),
+                                                                        SizeDict(shortest_edge=378, longest_edge=980))
 
 
 @pytest.mark.parametrize("n, m", [(1, 16), (16, 16), (17, 16), (100, 16), (49, 48), (333, 48)])
@@ -218,7 +238,8 @@ def test_frames_are_those_of_the_releases_scripts(n, m):
 
 def test_sampling_decides_what_is_seen(folder):
     video = clips(1, 6)
-    kinds = {how: VideoScoreReward.from_pretrained(folder, sampling=how, max_frames=4) for how in ("example", "benchmark")}
+    kinds = {how: VideoScoreReward.from_pretrained(folder, sampling=how, max_frames=4)
+             for how in ("example", "benchmark")}
     for how, judge in kinds.items():
         leaf = video.clone().requires_grad_()
         (g,) = torch.autograd.grad(judge(leaf, CAPTIONS[:1]).sum(), leaf)
@@ -234,7 +255,8 @@ def test_padding_and_neighbours_do_not_move_a_score(either):
     turned = reward(video.flip(0), captions[::-1]).flip(0)
     assert (together - alone).abs().max() < 1e-5 and (together - turned).abs().max() < 1e-5
     assert together.std(0).min() > 1e-3 # clips differ, so agreement says something
-    assert (reward(video, captions[::-1]) - together).abs().amax(1)[1:3].min() > 1e-4 # the caption is read (the outer two keep theirs)
+    # the caption is read (the outer two keep theirs)
+    assert (reward(video, captions[::-1]) - together).abs().amax(1)[1:3].min() > 1e-4
 
 
 def test_grey_frame_is_a_frame(either):
@@ -266,7 +288,8 @@ def test_gradient_against_finite_differences(folder, qwen_folder, family, monkey
         return q * cos + half(q) * sin, k * cos + half(k) * sin
     monkeypatch.setattr(modeling_qwen2_vl, "apply_rotary_pos_emb_vision", turn)
     exact = VideoScoreReward.from_pretrained(folder if family == "idefics2" else qwen_folder, dtype=torch.float64)
-    video = (0.35 + 0.3 * clips(1, 2)).double().requires_grad_() # away from 0 and 1: where bicubic overshoots, the gradient passes straight through
+    # away from 0 and 1: where bicubic overshoots, the gradient passes straight through
+    video = (0.35 + 0.3 * clips(1, 2)).double().requires_grad_()
     for dim in (*DIMENSIONS, "mean"):
         def f(x):
             return exact.score(x, CAPTIONS[:1], dim).sum()
@@ -287,7 +310,8 @@ def test_chunks_change_neither_scores_nor_gradients(either):
 
 
 def test_dimensions_by_name(folder, reward):
-    assert reward.dims == ("visual_quality", "temporal_consistency", "dynamic_degree", "text_to_video_alignment", "factual_consistency")
+    assert reward.dims == ("visual_quality", "temporal_consistency", "dynamic_degree", "text_to_video_alignment",
+                           "factual_consistency")
     scores = reward(clips(), CAPTIONS)
     assert scores.shape == (2, 5)
     torch.testing.assert_close(reward.score(clips(), CAPTIONS), scores[:, 1]) # OnlineVPO's choice
@@ -295,7 +319,8 @@ def test_dimensions_by_name(folder, reward):
     torch.testing.assert_close(reward.score(clips(), CAPTIONS, "mean"), scores.mean(1))
     other = VideoScoreReward.from_pretrained(folder, dim="dynamic_degree")
     torch.testing.assert_close(other.per_frame(clips(), CAPTIONS), scores[:, 2:3].expand(2, 4))
-    with pytest.raises(ValueError, match='dim is "temporal".*temporal_consistency'): reward.score(clips(), CAPTIONS, "temporal")
+    with pytest.raises(ValueError, match='dim is "temporal".*temporal_consistency'):
+        reward.score(clips(), CAPTIONS, "temporal")
 
 
 def test_raw_numbers_frozen_weights_no_training_mode(folder, reward):
@@ -314,7 +339,8 @@ def test_raw_numbers_frozen_weights_no_training_mode(folder, reward):
 def test_long_caption_is_cut_and_said(folder):
     room = len(VideoScoreReward.from_pretrained(folder).tokenizer.encode(videoscore_text("a fox runs", 4, 3)).ids)
     short = VideoScoreReward.from_pretrained(folder, max_tokens=room)
-    with pytest.warns(UserWarning, match=f'reads {room} tokens; of "a fox runs on the meadow.*does not see: "on the meadow under the moon"'):
+    with pytest.warns(UserWarning,
+        match=f'reads {room} tokens; of "a fox runs on the meadow.*does not see: "on the meadow under the moon"'):
         cut = short(clips(1), CAPTIONS[:1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -338,7 +364,8 @@ def test_bad_input_is_one_clear_line(reward, video, prompts, says):
     assert "\n" not in str(error.value)
 
 
-def spoil_config(d, **change): (d / "config.json").write_text(json.dumps({**json.loads((d / "config.json").read_text()), **change}))
+def spoil_config(d, **change):
+    (d / "config.json").write_text(json.dumps({**json.loads((d / "config.json").read_text()), **change}))
 
 
 def spoil_weights(d, change):
@@ -356,7 +383,8 @@ def spoil_weights(d, change):
     (lambda d: spoil_config(d, image_token_id=0), '"<image>" at 4, the model at 0'),
     (lambda d: spoil_config(d, score_type="special_token"), "five special tokens"),
     (lambda d: spoil_weights(d, lambda w: w.pop("score.weight")), "lacks weights: score.weight"),
-    (lambda d: spoil_weights(d, lambda w: w.update({"score.weight": torch.zeros(5, 7)})), "does not load|lacks weights"),
+    (lambda d: spoil_weights(d, lambda w: w.update({"score.weight": torch.zeros(5, 7)})),
+     "does not load|lacks weights"),
     (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-5000]), "does not load"),
     (lambda d: (d / "model.safetensors").unlink(), "does not load.*model.safetensors"),
     (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer.json"),
@@ -371,12 +399,16 @@ def test_folders_that_are_no_video_judge(copy, spoil, says):
 def test_missing_weights_say_how_to_fetch(monkeypatch, tmp_path):
     def nowhere(name, kind): raise KitError(f'reward "{name}" is not here')
     monkeypatch.setattr(module, "locate", nowhere)
-    with pytest.raises(KitError, match="hf download TIGER-Lab/VideoScore-v1.1 --local-dir VideoScore-v1.1.*another machine.*give its path in place of .videoscore-v1.1"):
+    with pytest.raises(KitError,
+                       match="hf download TIGER-Lab/VideoScore-v1.1 --local-dir VideoScore-v1.1.*another "
+                             "machine.*give its path in place of .videoscore-v1.1"):
         VideoScoreReward.from_pretrained("videoscore-v1.1")
-    with pytest.raises(KitError, match="not here; video judges are videoscore, videoscore-v1.1"): VideoScoreReward.from_pretrained("videoscor")
+    with pytest.raises(KitError, match="not here; video judges are videoscore, videoscore-v1.1"):
+        VideoScoreReward.from_pretrained("videoscor")
     monkeypatch.undo()
     (tmp_path / "file").write_text("x")
-    with pytest.raises(KitError, match="is a file; expected the folder"): VideoScoreReward.from_pretrained(tmp_path / "file")
+    with pytest.raises(KitError, match="is a file; expected the folder"):
+        VideoScoreReward.from_pretrained(tmp_path / "file")
 
 
 def test_a_copied_folder_keeps_what_its_name_says(tmp_path):
@@ -384,7 +416,8 @@ def test_a_copied_folder_keeps_what_its_name_says(tmp_path):
     assert (judge.name, judge.max_frames) == ("videoscore-v1.1", 48)
     assert VideoScoreReward.from_pretrained(tmp_path / "VideoScore-v1.1", max_frames=16).max_frames == 16
     for wrong in (dict(dim="beauty"), dict(sampling="middle")):
-        with pytest.raises(ValueError, match="beauty|middle"): VideoScoreReward.from_pretrained(tmp_path / "VideoScore-v1.1", **wrong)
+        with pytest.raises(ValueError, match="beauty|middle"):
+            VideoScoreReward.from_pretrained(tmp_path / "VideoScore-v1.1", **wrong)
 
 
 def test_qwen_reads_what_transformers_reads(qwen):
@@ -392,18 +425,21 @@ def test_qwen_reads_what_transformers_reads(qwen):
     h, w = qwen_size(40, 60, 4, 8)
     pictures = torch.nn.functional.interpolate(video[0], (h, w), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (module.CLIP_MEAN, module.CLIP_STD))
-    patches, grid = qwen_patches(((pictures - mean) / std).view(2, 2, 3, h, w), 4, 2), torch.tensor([[2, h // 4, w // 4]])
+    patches = qwen_patches(((pictures - mean) / std).view(2, 2, 3, h, w), 4, 2)
+    grid = torch.tensor([[2, h // 4, w // 4]])
     text = CHAT.format(places=VIDEO * (len(patches) // 4), question=PROMPT.format(text_prompt=CAPTIONS[0]))
     ids = torch.tensor([qwen.tokenizer.encode(text).ids])
     counted = torch.arange(ids.shape[1]).expand(3, 1, -1) # what the release's class leaves it to
-    hidden = qwen.model.model(input_ids=ids, pixel_values_videos=patches, video_grid_thw=grid, position_ids=counted).last_hidden_state
+    hidden = qwen.model.model(input_ids=ids, pixel_values_videos=patches, video_grid_thw=grid,
+                              position_ids=counted).last_hidden_state
     assert (qwen(video, CAPTIONS[:1]) - qwen.model.score(hidden[:, -1])).abs().max() < 1e-4
 
 
 def test_qwen_patches_are_in_transformers_order():
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     levels = torch.randint(256, (3, 56, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    theirs = Qwen2VLImageProcessorPil(do_resize=False, do_normalize=False)(levels.numpy(), return_tensors="pt") # a still is a pair of the same frame
+    # a still is a pair of the same frame
+    theirs = Qwen2VLImageProcessorPil(do_resize=False, do_normalize=False)(levels.numpy(), return_tensors="pt")
     assert theirs["image_grid_thw"].tolist() == [[1, 4, 6]]
     assert (qwen_patches((levels / 255).expand(1, 2, -1, -1, -1)) - theirs["pixel_values"]).abs().max() < 1e-6
 
@@ -427,6 +463,7 @@ def test_qwen_weights_arrive_under_their_new_names(qwen_folder, qwen):
     weights = load_file(qwen_folder / "model.safetensors")
     assert set(weights) == released_qwen_keys(1, 2) # the file has the old names
     state = qwen.model.state_dict()
-    for old, new in (("visual.patch_embed.proj.weight", "model.visual.patch_embed.proj.weight"), ("score.bias", "score.bias"),
+    for old, new in (("visual.patch_embed.proj.weight", "model.visual.patch_embed.proj.weight"),
+                     ("score.bias", "score.bias"),
                      ("model.layers.1.self_attn.q_proj.bias", "model.language_model.layers.1.self_attn.q_proj.bias")):
         assert torch.equal(state[new], weights[old])

@@ -63,7 +63,9 @@ def test_steps_do_not_depend_on_what_is_watched_and_resuming_is_exact(patch_fold
     plain = tune(policy, redness, clips, config, tmp_path/"plain", progress=False)
     watching = replace(config, ema_decay=.9, eval_every=1, sample_every=1)
     # draws from the generator of the dropout
-    def evaluate(policy, step): torch.rand(7); return {"held_out": torch.rand(()).item()}
+    def evaluate(policy, step):
+        torch.rand(7)
+        return {"held_out": torch.rand(()).item()}
     watched = tune(open_policy(patch_folder), redness, clips, watching, tmp_path/"watched", evaluate=evaluate,
                    progress=False)
     assert losses(plain) == losses(watched)
@@ -129,7 +131,9 @@ def test_interval_is_students():
 
 
 def test_flicker_and_spread_by_hand():
-    video = torch.zeros(2, 3, 3, 2, 2); video[0, 1] = .5; video[1] = 1.
+    video = torch.zeros(2, 3, 3, 2, 2)
+    video[0, 1] = .5
+    video[1] = 1.
     assert flicker(video).tolist() == [.5, 0.] # up and down again: .5 twice, over two pairs
     assert spread(video).tolist() == pytest.approx([(1/4 + 1/16 + 1/4)/3]*2)
 
@@ -207,14 +211,16 @@ def test_wandb_is_offline_and_inside_the_run_folder_unless_told_otherwise(patch_
         def log(self, values, step=None, **kwargs): told.append((step, values))
         def finish(self): told.append("finished")
     def init_trackers(self, name, config=None, init_kwargs={}):
-        calls.append((name, config, init_kwargs)); self.trackers = [Tracker()]
+        calls.append((name, config, init_kwargs))
+        self.trackers = [Tracker()]
     monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda log_with,
                         *args: [log_with] if log_with else [])
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", init_trackers)
     monkeypatch.setitem(process.AVAILABLE, "wandb", lambda: True)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for kind in ("CACHE", "CONFIG", "DATA"):
-        monkeypatch.setenv(f"WANDB_{kind}_DIR", "x"); monkeypatch.delenv(f"WANDB_{kind}_DIR")
+        monkeypatch.setenv(f"WANDB_{kind}_DIR", "x")
+        monkeypatch.delenv(f"WANDB_{kind}_DIR")
     if mode: monkeypatch.setenv("WANDB_MODE", mode)
     policy = open_policy(patch_folder)
     def evaluate(policy, step):
@@ -237,7 +243,9 @@ def test_tensorboard_writes_into_the_run_folder(patch_folder, tmp_path):
 def test_stop_saves_and_the_run_goes_on_exactly(patch_folder, tmp_path):
     clips, asked = some_clips(open_policy(patch_folder)), []
     straight = tune(open_policy(patch_folder), redness, clips, CONFIG, tmp_path/"straight", progress=False)
-    def stop(): asked.append(1); return len(asked) == 3
+    def stop():
+        asked.append(1)
+        return len(asked) == 3
     result = tune(open_policy(patch_folder), redness, clips, replace(CONFIG, save_every=100), tmp_path/"run",
                   progress=False, stop=stop)
     assert (result.steps, result.finished, result.lora.name) == (3, False, "step-000003")

@@ -1,12 +1,16 @@
 """Scores of small random towers by hpsv2's own code, written to hpsv2_towers.json beside this file.
 
-hpsv2 cannot live in the kit's environment (it pins protobuf<4 and pytest==7.2.0, and wants torchvision), so make one to throw away:
+hpsv2 cannot live in the kit's environment (it pins protobuf<4 and pytest==7.2.0, and wants torchvision), so make one
+to throw away:
 
-    pip install torch torchvision numpy pillow ftfy regex clint tqdm transformers huggingface_hub && pip install --no-deps hpsv2==1.2.0
-    cp .../open_clip/bpe_simple_vocab_16e6.txt.gz .../hpsv2/src/open_clip/    # from open_clip_torch; the wheel of hpsv2 lacks it
+    pip install torch torchvision numpy pillow ftfy regex clint tqdm transformers huggingface_hub && pip install
+--no-deps hpsv2==1.2.0
+    cp .../open_clip/bpe_simple_vocab_16e6.txt.gz .../hpsv2/src/open_clip/    # from open_clip_torch; the wheel of
+hpsv2 lacks it
     python tests/golden/make_hpsv2_towers.py
 
-The recorded file was made with the versions it names; torchvision's compiled operators (boxes, which nobody calls here) were left out.
+The recorded file was made with the versions it names; torchvision's compiled operators (boxes, which nobody calls
+here) were left out.
 Weights and pictures come from numpy's RandomState, whose numbers are frozen, so nothing but scores has to be kept.
 """
 import gzip
@@ -20,27 +24,35 @@ import torch
 
 GOLDEN = Path(__file__).with_name("hpsv2_towers.json")
 SEED, SIZE, WIDTH, DIM, LAYERS = 7, 32, 128, 20, dict(visual=3, text=2)
-MERGES = ["t h", "th e</w>", "f o", "fo x</w>", "r u", "ru n", "run s</w>", "s n", "a i", "sn ai", "snai l", "snail s</w>", "o n</w>", "m e",
+MERGES = ["t h", "th e</w>", "f o", "fo x</w>", "r u", "ru n", "run s</w>", "s n", "a i", "sn ai", "snai l",
+          "snail s</w>", "o n</w>", "m e",
           "a d", "me ad", "o w</w>", "mead ow</w>"]
 VOCABULARY = 512 + len(MERGES) + 2
-CONFIG = dict(embed_dim=DIM, vision_cfg=dict(image_size=SIZE, layers=LAYERS["visual"], width=WIDTH, head_width=64, patch_size=8),
+CONFIG = dict(embed_dim=DIM, vision_cfg=dict(image_size=SIZE, layers=LAYERS["visual"], width=WIDTH, head_width=64,
+                                             patch_size=8),
               text_cfg=dict(context_length=77, vocab_size=VOCABULARY, width=WIDTH, heads=2, layers=LAYERS["text"]))
-CAPTIONS = ["a fox runs on the meadow", "Two snails, 3 Foxes!", "", "the snails " * 40] # the last one is cut at 77 tokens
+# the last one is cut at 77 tokens
+CAPTIONS = ["a fox runs on the meadow", "Two snails, 3 Foxes!", "", "the snails " * 40]
 SHAPES = [(32, 32), (64, 64), (24, 40), (50, 20), (90, 160), (161, 97)] # height, width
 
 
 def shapes():
     "Every key of an open_clip CLIP of this size, and its shape."
     w = WIDTH
-    found = {"logit_scale": (), "positional_embedding": (77, w), "text_projection": (w, DIM), "token_embedding.weight": (VOCABULARY, w),
-             "visual.class_embedding": (w,), "visual.positional_embedding": ((SIZE//8)**2 + 1, w), "visual.proj": (w, DIM),
+    found = {"logit_scale": (), "positional_embedding": (77, w), "text_projection": (w, DIM),
+             "token_embedding.weight": (VOCABULARY, w),
+             "visual.class_embedding": (w,), "visual.positional_embedding": ((SIZE//8)**2 + 1, w),
+             "visual.proj": (w, DIM),
              "visual.conv1.weight": (w, 3, 8, 8)}
-    block = {"attn.in_proj_weight": (3*w, w), "attn.in_proj_bias": (3*w,), "attn.out_proj.weight": (w, w), "attn.out_proj.bias": (w,),
-             "mlp.c_fc.weight": (4*w, w), "mlp.c_fc.bias": (4*w,), "mlp.c_proj.weight": (w, 4*w), "mlp.c_proj.bias": (w,),
+    block = {"attn.in_proj_weight": (3*w, w), "attn.in_proj_bias": (3*w,), "attn.out_proj.weight": (w, w),
+             "attn.out_proj.bias": (w,),
+             "mlp.c_fc.weight": (4*w, w), "mlp.c_fc.bias": (4*w,), "mlp.c_proj.weight": (w, 4*w),
+             "mlp.c_proj.bias": (w,),
              **{f"ln_{i}.{p}": (w,) for i in (1, 2) for p in ("weight", "bias")}}
     for prefix, n in (("visual.", LAYERS["visual"]), ("", LAYERS["text"])):
         found |= {f"{prefix}transformer.resblocks.{i}.{k}": s for i in range(n) for k, s in block.items()}
-    return found | {f"{norm}.{p}": (w,) for norm in ("ln_final", "visual.ln_pre", "visual.ln_post") for p in ("weight", "bias")}
+    return found | {f"{norm}.{p}": (w,) for norm in ("ln_final", "visual.ln_pre", "visual.ln_post")
+                    for p in ("weight", "bias")}
 
 
 def weights(seed=SEED):
@@ -68,7 +80,8 @@ def pictures(seed=SEED):
 
 
 def hpsv2_scores():
-    "[caption][picture] under 'hpsv2' (score() as published), 'crop' (open_clip's other preprocessing), 'end_padded' (text padded with the end token)."
+    """[caption][picture] under 'hpsv2' (score() as published), 'crop' (open_clip's other preprocessing),
+    'end_padded' (text padded with the end token)."""
     from hpsv2 import img_score
     from hpsv2.src.open_clip import factory, tokenizer
     from PIL import Image
@@ -108,6 +121,7 @@ if __name__ == "__main__":
     import hpsv2
     import torchvision
     made_with = {name: version(name) for name in ("hpsv2", "torch", "torchvision", "numpy", "pillow")}
-    record = dict(made_with=made_with, seed=SEED, weights_sha256=fingerprint(weights()), captions=CAPTIONS, shapes=SHAPES, scores=hpsv2_scores())
+    record = dict(made_with=made_with, seed=SEED, weights_sha256=fingerprint(weights()), captions=CAPTIONS,
+                  shapes=SHAPES, scores=hpsv2_scores())
     GOLDEN.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{GOLDEN.name}: {GOLDEN.stat().st_size} bytes")
