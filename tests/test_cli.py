@@ -66,7 +66,8 @@ def test_resume_goes_on(home):
     assert tune(home, home/"more").exit_code == 0
     answer = tune(home, home/"more", "--resume", "--steps", 3)
     assert answer.exit_code == 0, answer.output
-    assert [json.loads(line)["step"] for line in (home/"more/log.jsonl").read_text().splitlines()] == [1, 2, 3]
+    rows = [json.loads(line) for line in (home/"more/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3]
 
 
 def test_interrupt_says_how_to_go_on(home, monkeypatch):

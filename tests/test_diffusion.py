@@ -52,6 +52,7 @@ def test_the_papers_numbers():
     assert [ddim_to_ddpm(i, 20) for i in (1, 2, 19, 20)] == [1, 51, 901, 951]
     assert noise_timestep(0.6, 20) == 551 and isinstance(noise_timestep(0.6, 20), int)
     assert n_steps(0.58, 50) == 29 != int(0.58 * 50)
+    assert [n_steps(tau, 10) for tau in (.15, .25, .35, .45)] == [2, 3, 4, 5]    # halves up, not to even
     grid = ddim_timesteps(20)
     assert grid.dtype == torch.long and grid.tolist() == list(range(951, 0, -50))
 

@@ -48,13 +48,13 @@ def n_steps(
     tau:float, # noise level, in (0, 1]
     n_ddim:int, # D
 )->int: # steps of the partial chain, 1..D
-    "round(tau * D), the DDIM steps that a noise level costs; ValueError when tau is outside (0, 1] or tau * D < 1."
+    "tau * D to the nearest, halves up: the DDIM steps of a noise level; ValueError for tau outside (0, 1], tau * D < 1."
     if not 0 < tau <= 1: raise ValueError(f"tau is {tau}; the noise level must lie in (0, 1] (1 runs the full chain)")
     if n_ddim < 1: raise ValueError(f"n_ddim is {n_ddim}; a chain needs at least one DDIM step, such as 20")
     if tau * n_ddim < 1 - 1e-9:    # 1e-9: tau = 1/49 times 49 may come out a hair below 1
         raise ValueError(f"tau * n_ddim is {tau * n_ddim:g}; the chain needs at least one step: raise tau to "
                          f"{1 / n_ddim:g} or n_ddim")
-    return round(tau * n_ddim)
+    return int(tau * n_ddim + 0.5 + 1e-9)
 
 def noise_timestep(
     tau:float, # noise level, in (0, 1]

@@ -128,7 +128,7 @@ def wants_clips(
     run: Run, # that trains
 ) -> bool: # else captions alone
     "Whether the algorithm tunes on clips with captions."
-    return find(run.algorithm).needs(config_of(run)) == "clips"
+    return find(run.algorithm).wants(config_of(run)) == "clips"
 
 # %% ../../nbs/measure/04_runs.ipynb #9e5a0014
 def tune_run(

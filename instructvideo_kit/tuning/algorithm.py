@@ -22,11 +22,13 @@ from ..reward.segvr import segment_frames
 from .cache import DiskCache
 from .callbacks import Evaluation, MovingAverage, Progress, Samples, Tracker
 from .config import algorithms, load_preset
+from .data_term import data_target, data_term
+from .distance import BaseDistance, Distance
 from .gradient import backpropagate_reward
 from .process import check_split, make_accelerator, split_frozen, wants_split
 from .rollouts import SampledConfig
 from .run_folder import RunFolder, read_log
-from .stream import clip_order, example_generator, fingerprint, kind_of, prompts_of
+from .stream import clip_order, draw_noise, example_generator, fingerprint, kind_of, prompts_of
 from .trainer import Trainer
 from ..video import film_strip
 
@@ -71,6 +73,42 @@ class Algorithm:
     def loss(self, positions:Sequence[int])->tuple: # (scalar with a gradient, {name: scalar} for the log)
         "Loss of a micro-batch, for those that leave the backward pass to `step`."
         raise NotImplementedError(f"{type(self).__name__} has neither step nor loss")
+
+    def anchored_step(self, positions:Sequence[int])->dict: # as `step`
+        "`step`, and the diffusion loss on real clips where config asks for it."
+        row = self.step(positions)
+        return {**row, **self.anchor(positions[0])} if self.config.data_term else row
+
+    def anchor(self, number:int)->dict: # number: of the micro-batch's first example
+        "Backward pass of data_term times the diffusion loss on a few real clips, all at one training step."
+        n, policy, config = self.config.data_clips, self.policy, self.config
+        rows = clip_order(range(number*n, number*n + n), len(self.data), config.seed)
+        generators = [example_generator(config.seed, number*n + i, "data") for i in range(n)]
+        t = int(torch.randint(policy.schedule.n_train, (1,), generator=generators[0]))
+        eps = draw_noise(policy.latent_shape, generators).to(policy.device)
+        z = torch.stack([self.real_latents(i) for i in rows]).to(eps)
+        z_t, target = data_target(z, eps, policy.schedule.at(t), policy.schedule.prediction_type)
+        with self.accelerator.autocast(): prediction = policy.predict(z_t, t, *policy.conditions(self.captions_of(rows))[0])
+        loss = data_term(prediction, target).mean()
+        self.accelerator.backward(config.data_term*loss)
+        return {"data_loss": loss.detach()}
+
+    def captions_of(self, rows:Sequence[int])->list[str]:
+        "The captions of these clips."
+        return [self.prompts[i] for i in rows]
+
+    @torch.no_grad()
+    def real_latents(self, i:int)->torch.Tensor:
+        "Latents (c, f, h, w) of clip i of the data, encoded once."
+        return self.cache(f"latents of clip {i}", lambda: self.policy.encode(self.data[i][0][None])[0])
+
+    @classmethod
+    def wants(cls, config)->str: # as `needs`
+        "What it takes with this config, with a data term or without; KitError for pairs with a data term."
+        if not config.data_term: return cls.needs(config)
+        need(cls.needs(config) != "pairs", f"data_term is {config.data_term:g}, but {cls.name} takes pairs; "
+             "set it to 0: the pairs are an anchor already")
+        return "clips"
 
     @classmethod
     def needs(cls, config)->str: # "captions", "clips" or "pairs"
@@ -121,7 +159,7 @@ def cost_table()->list[dict]: # algorithm, takes, cost of a step for one example
     for name, listed in algorithms().items():
         Found = find(name)
         config = load_preset(listed.preset, Found.Config)
-        cost, takes = Found.step_cost(config), Found.needs(config)
+        cost, takes = Found.step_cost(config), Found.wants(config)
         total = cost*config.batch*config.steps
         rows.append(dict(algorithm=name, takes=takes, cost=cost, batch=config.batch, steps=config.steps, total=total))
     return rows
@@ -141,7 +179,7 @@ def check_start(
     empty = [i for i, p in enumerate(prompts) if not isinstance(p, str) or not p.strip()]
     if empty: need(False, f"{len(empty)} of {len(prompts)} captions are empty, the first is number {empty[0]}; "
                    "write what the clip shows")
-    if Found.needs(config) == "clips":
+    if Found.wants(config) == "clips":
         given = "captions alone were given, expected (clip, caption)"
         need(kind_of(data) == "clips", f"{given}: {Found.name} tunes on clips with these settings")
         user_error(check_video, data[0][0][None], (policy.n_frames, 3, *policy.size))
@@ -203,6 +241,7 @@ def _callbacks(config, policy, prompts, evaluate, progress):
     "What listens to a run: the average first, as whatever looks at the policy should see it."
     found = [MovingAverage(config.ema_decay)] if config.ema_decay else []
     if evaluate: found.append(Evaluation(lambda step: evaluate(policy, step)))
+    if config.distance_every: found.append(Distance(BaseDistance(policy, prompts, config)))
     return [*found, Samples(sampler(policy, prompts, config)), Tracker(), *([Progress()] if progress else [])]
 
 def _trainer(algorithm, policy, folder, parameters, callbacks):
@@ -244,5 +283,5 @@ def tune(
     trainer = _trainer(made, policy, folder, parameters, _callbacks(config, policy, prompts, evaluate, progress))
     if resume: trainer.load()
     if getattr(config, "compile", False): policy.network.compile()
-    trainer.fit(made.step, stop_after, stop)
+    trainer.fit(made.anchored_step, stop_after, stop)
     return _result(policy, folder, trainer)

@@ -38,6 +38,9 @@ class TrainerConfig:
     save_every: int = 500 # steps between checkpoints; the kit's choice
     eval_every: int = 0 # steps between held-out evaluations, 0: none; the kit's choice
     sample_every: int = 0 # steps between strips of sample clips, 0: none; the kit's choice
+    distance_every: int = 20 # steps between measurements of the distance from the base, 0: none; the kit's choice
+    data_term: float = 0.0 # weight of the diffusion loss on real clips; DDRL adds one; 0: none, and no clips needed
+    data_clips: int = 2 # real clips in each micro-batch of that loss; the kit's choice
     tracker: str = "" # "tensorboard" or "wandb" beside log.jsonl, "": none; released code: a text file and clips
 
     def __post_init__(self): self.check()
@@ -56,8 +59,8 @@ class TrainerConfig:
 
     def check(self):
         "KitError for the first value out of range."
-        self.at_least(1, "steps", "batch", "grad_accum", "save_every")
-        self.at_least(0, "weight_decay", "max_grad_norm", "eval_every", "sample_every", "seed")
+        self.at_least(1, "steps", "batch", "grad_accum", "save_every", "data_clips")
+        self.at_least(0, "weight_decay", "max_grad_norm", "eval_every", "sample_every", "distance_every", "data_term", "seed")
         self.above_zero("lr")
         for name in ("beta1", "beta2", "ema_decay"):
             need(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}, expected 0 <= {name} < 1")

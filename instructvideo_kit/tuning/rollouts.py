@@ -21,7 +21,8 @@ from ..diffusion.schedule import corrupt
 from ..files import need, need_one_of
 from ..policy.lora import load_lora, save_lora
 from ..reward.base import clamp_frames
-from ..reward.segvr import segment_frames
+from ..reward.segvr import segment_frames, segmental_reward
+from ..reward.tar import tar_weights
 from ..reward.videoscore import DIMENSIONS, pick_dimension
 from .adapters import as_it_was, put_back, snapshot
 from .chains import chain
@@ -38,13 +39,16 @@ class SampledConfig(TrainerConfig):
     merge_lora: bool = True # add the LoRA to the weights while clips are drawn; the kit's choice
     rank: int = 4 # of the LoRA; InstructVideo's released code: 4
     n_segments: int = 4 # frames the judge sees, one of each segment (InstructVideo 3.3: 4); 0: all, for a video judge
+    lam_tar: float = 0.0 # decay of the frame weights, Eq. 7; InstructVideo 4.1 gives them to the methods it compares: 1
+    tar_center: str = "paper" # "paper": F/2 (Eq. 7), "midpoint": (F-1)/2, symmetric
     dimension: str = "temporal_consistency" # of a judge with several; OnlineVPO 4.3: its main row is this; "mean": all
     samples_at_once: int = 8 # clips drawn together, for memory; the result is the same; the kit's choice
 
     def check(self):
         super().check()
         self.at_least(1, "n_ddim", "rank", "samples_at_once")
-        self.at_least(0, "n_segments")
+        self.at_least(0, "n_segments", "lam_tar")
+        need_one_of("tar_center", self.tar_center, ("paper", "midpoint"))
         need_one_of("dimension", self.dimension, [*DIMENSIONS, "mean"])
 
 # %% ../../nbs/tuning/12_rollouts.ipynb #cca70002
@@ -84,8 +88,9 @@ def clip_scores(
     frames:torch.Tensor, # (b, s, 3, h, w) in [0, 1]
     prompts:Sequence[str], # b captions
     dimension:str="temporal_consistency", # which of several numbers
+    weights:torch.Tensor|None=None, # (b, s) of the frames, such as TAR's; None: all alike
 )->torch.Tensor: # (b,) float32, on the CPU
-    "One number per clip; KitError for another shape or a number that is not finite."
+    "One number per clip; KitError for another shape or a number that is not finite, or weights without frames."
     scores = torch.as_tensor(reward(frames, prompts)).float().cpu()
     b, s = frames.shape[:2]
     several = hasattr(reward, "dims")
@@ -94,7 +99,8 @@ def clip_scores(
     got = tuple(scores.shape)
     need(got in expected, f"the reward returned the shape {got} for {b} clips of {s} frames, expected {wanted}")
     if several: scores = pick_dimension(scores, dimension)
-    scores = scores.mean(1) if scores.ndim == 2 else scores
+    need(weights is None or scores.ndim == 2, "lam_tar weighs frames, but the reward is one number per clip; set it to 0")
+    scores = segmental_reward(scores, weights) if scores.ndim == 2 else scores
     bad = (~scores.isfinite()).nonzero().flatten().tolist()
     if bad: need(False, f'the reward is {scores[bad[0]]:g} for "{prompts[bad[0]]}", expected a finite number; '
                  f"{len(bad)} of {b} clips are affected")
@@ -105,14 +111,15 @@ def judge(
     policy, reward, # as in `clip_scores`
     z_0:torch.Tensor, # latents (b, c, f, h, w)
     prompts:Sequence[str], # b captions
-    config, # SampledConfig: n_segments, dimension, samples_at_once
+    config, # SampledConfig: n_segments, lam_tar, tar_center, dimension, samples_at_once
 )->torch.Tensor: # (b,) on the CPU
     "Decode what the judge looks at, and ask it."
     g = segment_frames(policy.n_frames, config.n_segments or policy.n_frames, len(z_0), "middle")
     scores, n = [], config.samples_at_once
     for part in (slice(i, i + n) for i in range(0, len(z_0), n)):
         frames = clamp_frames(policy.decode(z_0[part], g[part]))
-        scores.append(clip_scores(reward, frames, prompts[part], config.dimension))
+        weights = tar_weights(g[part], policy.n_frames, config.lam_tar, config.tar_center) if config.lam_tar else None
+        scores.append(clip_scores(reward, frames, prompts[part], config.dimension, weights))
     return torch.cat(scores)
 
 # %% ../../nbs/tuning/12_rollouts.ipynb #8192e5ef

@@ -49,7 +49,7 @@ def dump(
     Path(path).write_bytes(buffer.getvalue())
 
 # %% ../../nbs/tuning/02_run_folder.ipynb #c2a70007
-FREE_FIELDS = ("steps", "save_every", "eval_every", "sample_every", "tracker") # no step depends on them
+FREE_FIELDS = ("steps", "save_every", "eval_every", "sample_every", "distance_every", "tracker") # no step depends on them
 
 def _fsync(path):
     if path.is_dir() and os.name != "posix": return # only POSIX can sync a folder
