@@ -41,6 +41,7 @@ ALGORITHMS = {
     "dpo": ("dpo", dpo.DPOConfig(**DRAWN, n_candidates=2)),
     "onlinevpo": ("onlinevpo", online_dpo.OnlineDPOConfig(**DRAWN, n_candidates=2, ref_update_every=2)),
 }
+# tests/test_nft.py has those of nft
 
 
 def redness(frames, prompts): return (frames[:, :, 0] - frames[:, :, 1:].mean(2)).tanh().mean((-1, -2))
@@ -445,6 +446,98 @@ def test_k_infinity_is_the_base_model(folder, tmp_path):
     assert len(lora_parameters(policy)) == len(lora_state(policy)) # the learner is the one that trains
 
 
+# ---- whether a preference generalises ------------------------------------------------------------------------------
+
+def test_labels_by_hand():
+    ones, zeros = torch.ones(3, 1, 1, 1, 1), torch.zeros(3, 1, 1, 1, 1)
+    pairs = {"prompts": PROMPTS, "chosen": ones, "rejected": zeros}
+    assert dpo.relabel(pairs)["chosen"] is ones and not dpo.relabel(pairs)["flipped"].any()
+    swapped = dpo.relabel(pairs, "swapped")
+    assert swapped["chosen"].sum() == 0 and swapped["rejected"].sum() == 3 and swapped["flipped"].all()
+    coins = [dpo.relabel(pairs, "random", range(i, i + 3)) for i in range(50)]
+    assert .35 < torch.stack([c["flipped"].float().mean() for c in coins]).mean() < .65
+    assert all(torch.equal(c["chosen"].flatten() == 0, c["flipped"]) for c in coins)
+    with pytest.raises(ValueError, match="2 coins for 3 pairs"): dpo.relabel(pairs, "random", range(2))
+
+
+def test_facts_of_pairs_by_hand():
+    # margins .05 - 0 = .05 and .01 - .05 = -.04: the judge is followed once, and twice if the second pair was flipped
+    errors, ref = torch.tensor([.10, .30, .25, .22]), torch.tensor([.10, .25, .20, .21])
+    said = dpo.pair_facts(errors, ref, torch.tensor([False, False]))
+    assert said["chosen_error"].item() == pytest.approx(.2) and said["rejected_error"].item() == pytest.approx(.235)
+    assert said["judge_accuracy"] == .5
+    assert dpo.pair_facts(errors, ref, torch.tensor([False, True]))["judge_accuracy"] == 1
+    assert dpo.pair_facts(ref, ref, torch.tensor([False, True]))["judge_accuracy"] == .5
+
+
+def test_a_word_when_both_errors_grow_and_only_once():
+    watch = dpo.ErrorWatch(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(6): watch({"gap_w": -.01, "gap_l": .02})
+        for i in range(4): watch({"gap_w": .01*(-1)**i, "gap_l": .02}) # noise about 0
+    with pytest.warns(UserWarning, match="worse at both"):
+        for _ in range(4): watch({"gap_w": .01, "gap_l": .02})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error"); watch({"gap_w": .01, "gap_l": .02})
+
+
+@pytest.mark.parametrize("n", [2, 4, 6])
+def test_swapped_labels_train_on_the_worse_clip(folder, n):
+    "The update with swapped labels is that of a judge with the opposite opinion, and is measured against the judge."
+    config, gradients, rows = replace(ALGORITHMS["onlinevpo"][1], n_candidates=n), [], []
+    opposite = lambda frames, prompts: -redness(frames, prompts)
+    for reward, labels in ((redness, "swapped"), (opposite, "judge")):
+        policy = open_policy(folder); add_lora(policy, 2); awake(policy)
+        g, (row,) = gradient_of(policy, online_dpo.OnlineDPO, reward, replace(config, labels=labels))
+        gradients.append(g); rows.append(row)
+    assert gradients[0].norm() > 0 and torch.allclose(*gradients)
+    assert rows[0]["implicit_accuracy"] == rows[1]["implicit_accuracy"] == rows[1]["fresh_accuracy"]
+    assert rows[0]["fresh_accuracy"] == 1 - rows[1]["fresh_accuracy"]
+
+
+def test_held_pairs_are_measured_and_never_trained_on(folder, tmp_path):
+    config = replace(ALGORITHMS["dpo"][1], held_pairs=1, steps=3)
+    rows = tune("dpo", open_policy(folder), redness, PROMPTS, config, tmp_path/"held", progress=False).rows()
+    assert [r["pairs"] for r in rows] == [2]*3 and rows[0]["held_accuracy"] == .5
+    assert all(0 <= r["held_accuracy"] <= 1 for r in rows)
+    policy = open_policy(folder); add_lora(policy, 2); awake(policy)
+    step = dpo.DPO(policy, redness, PROMPTS, config, make_accelerator(config, "cpu"))
+    step.step(positions_of(0, 0, 0, 1, config))
+    one = torch.cat([p.grad.flatten() for p in lora_parameters(policy)])
+    pairs = step.rounds.at(0)
+    for p in lora_parameters(policy): p.grad = None
+    pairs["chosen"][-1] += 1. # the held one
+    step.step(positions_of(0, 0, 0, 1, config))
+    assert torch.equal(one, torch.cat([p.grad.flatten() for p in lora_parameters(policy)]))
+    with pytest.raises(KitError, match="nothing would be left"):
+        tune("dpo", open_policy(folder), redness, PROMPTS, replace(config, held_pairs=3), tmp_path/"all", progress=False)
+
+
+@pytest.mark.parametrize("name", ["dpo", "onlinevpo"])
+def test_pairs_from_edits_are_near_the_clip_and_near_one_another(folder, tmp_path, name):
+    config = replace(ALGORITHMS[name][1], pairs_from="edit", edit_tau=.34, n_ddim=6, steps=1, n_candidates=3)
+    policy = open_policy(folder)
+    frames = torch.rand(3, policy.n_frames, 3, *policy.size, generator=torch.Generator().manual_seed(0))
+    data = list(zip(frames, PROMPTS))
+    add_lora(policy, 2)
+    step = find(name)(policy, redness, data, config, make_accelerator(config, "cpu"))
+    generators = [example_generator(0, i) for i in range(3)]
+    z = policy.encode(frames)
+    edits = step.propose([0, 1, 2], PROMPTS, generators)["z"]
+    drawn = candidates(policy, redness, PROMPTS, [example_generator(0, i) for i in range(3)], config)["z"]
+    spread = lambda c: (c[:, 0] - c[:, 1]).square().mean()
+    assert edits.shape == drawn.shape and 0 < spread(edits) < spread(drawn)
+    # the tiny network is random: what is kept is the share of the clip in the first noisy latents
+    alike = lambda c: torch.corrcoef(torch.stack([c[:, 0].flatten(), z.flatten()]))[0, 1]
+    assert alike(edits) > alike(drawn) + .1
+    assert find(name).needs(config) == "clips"
+    with pytest.raises(KitError, match="captions alone were given"):
+        tune(name, open_policy(folder), redness, PROMPTS, config, tmp_path/"no", progress=False)
+    row, = tune(name, open_policy(folder), redness, data, config, tmp_path/"run", progress=False).rows()
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 def never(*args): raise AssertionError
@@ -496,6 +589,9 @@ def test_a_video_judge_is_asked_for_its_dimension():
     (lambda: online_dpo.OnlineDPOConfig(ref_update_every=0), "ref_update_every is 0"),
     (lambda: online_dpo.OnlineDPOConfig(ref_update_every=2.5), "whole number"),
     (lambda: online_dpo.OnlineDPOConfig(ref_update_every=math.nan), "ref_update_every is nan"),
+    (lambda: online_dpo.OnlineDPOConfig(held_pairs=2), "fresh_accuracy"),
+    (lambda: dpo.DPOConfig(labels="wrong"), "labels"), (lambda: dpo.DPOConfig(pairs_from="clips"), "pairs_from"),
+    (lambda: dpo.DPOConfig(edit_tau=0.), "edit_tau is 0"),
     (lambda: dpo.DPOConfig(beta_dpo=0), "beta_dpo is 0"), (lambda: dpo.DPOConfig(dimension="temporal"), "did you mean"),
     (lambda: draft.DraftConfig(tau=.5), "tau is 0.5"),
     (lambda: draft.DraftConfig(grad_steps=51), "1..50"),
@@ -521,7 +617,7 @@ def test_bad_captions_are_refused_before_a_folder_is_made(folder, tmp_path, data
 
 # ---- presets -------------------------------------------------------------------------------------------------------
 
-PRESETS = ["draft", "vader", "refl", "rwr", "ddpo", "dpo", "onlinevpo"]
+PRESETS = ["draft", "vader", "refl", "rwr", "ddpo", "dpo", "onlinevpo", "nft"]
 
 
 @pytest.mark.parametrize("name", [f"{name}{twin}" for name in PRESETS for twin in ("", "_menagerie")])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'PREPROCESSINGS', 'check_frames', 'clamp_frames', 'letterbox', 'centre_crop', 'normalise',
-           'preprocess', 'check_trained', 'augment', 'named_class']
+           'preprocess', 'check_trained', 'augment', 'judges_clips', 'named_class']
 
 # %% ../../nbs/reward/00_base.ipynb #6747d566
 import warnings
@@ -148,10 +148,11 @@ def augment(
     shift:int=0, # each frame moves by up to this many pixels each way; its edge pixels are repeated
     noise:float=0., # standard deviation of the gaussian noise; the result is brought back to [0, 1]
     generator:torch.Generator=None, # on the CPU or the frames' device
+    together:bool=False, # one shift for all frames of a clip: for a judge of motion the other is a fault, jitter
 )->Tensor: # same shape; `frames` itself when both are 0
     "A random shift and gaussian noise per frame, differentiable; ValueError when `shift` or `noise` is negative."
     if shift < 0 or noise < 0: raise ValueError(f"shift {shift} and noise {noise} must not be negative")
-    if shift: frames = _shifted(frames, int(shift), generator)
+    if shift: frames = _shifted(frames, int(shift), generator, together)
     if noise: frames = clamp_frames(frames + noise*_random(torch.randn, frames.shape, frames, generator))
     return frames
 
@@ -160,12 +161,21 @@ def _random(draw, shape, like, generator):
     device = generator.device if generator is not None else like.device
     return draw(shape, generator=generator, device=device, dtype=torch.float32).to(like)
 
-def _shifted(frames, shift, generator):
-    "Pad by `shift` with edge pixels, then cut one window per frame."
+def judges_clips(
+    reward, # any judge
+)->bool:
+    "Whether it looks at a clip as a whole, and so at its motion; a `whole_clip` of its own says so, or several numbers."
+    owner = getattr(reward, "__self__", reward) # of a method, such as VideoScoreReward.per_frame
+    return bool(getattr(owner, "whole_clip", hasattr(owner, "dims")))
+
+def _shifted(frames, shift, generator, together=False):
+    "Pad by `shift` with edge pixels, then cut one window per frame, or per clip."
     b, s, _, h, w = frames.shape
     n = 2*shift + 1
     x = F.pad(rearrange(frames, "b s c h w -> (b s) c h w"), (shift,)*4, mode="replicate")
-    dy, dx = (_random(torch.rand, (2, b*s), frames.float(), generator)*n).long().clamp(max=n - 1)
+    drawn = _random(torch.rand, (2, b if together else b*s), frames.float(), generator)
+    offsets = (drawn*n).long().clamp(max=n - 1)
+    dy, dx = offsets.repeat_interleave(s, 1) if together else offsets
     def span(side): return torch.arange(side, device=x.device)
     rows = rearrange(dy[:, None] + span(h), "n h -> n h 1")
     cols = rearrange(dx[:, None] + span(w), "n w -> n 1 w")

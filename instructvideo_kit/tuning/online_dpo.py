@@ -16,9 +16,9 @@ from ..policy.lora import load_lora, lora_parameters, save_lora
 from .adapters import refresh
 from .algorithm import Algorithm
 from .chains import branches
-from .dpo import DPOConfig, choose_pairs, pair_update
-from .rollouts import candidates, select
-from .stream import step_of
+from .dpo import DPO, DPOConfig, ErrorWatch, choose_pairs, pair_update, relabel
+from .rollouts import select
+from .stream import clip_order, step_of
 
 # %% ../../nbs/tuning/28_online_dpo.ipynb #8217a2da
 @dataclass
@@ -40,11 +40,19 @@ class OnlineDPOConfig(DPOConfig):
         K = self.ref_update_every
         need(K == math.inf or (K >= 1 and K == int(K)), f"ref_update_every is {K:g}, expected a whole number "
              "of updates from 1, or .inf for a reference that stays the base model")
+        need(self.held_pairs == 0, f"held_pairs is {self.held_pairs}, expected 0: each pair is new here, and "
+             "fresh_accuracy is measured on it before it teaches anything")
 
 # %% ../../nbs/tuning/28_online_dpo.ipynb #8fa0e184
 class OnlineDPO(Algorithm):
     "OnlineVPO, Algorithm 1: pairs from the policy's present clips, and a reference that follows every K updates."
     name, Config = "onlinevpo", OnlineDPOConfig
+    propose = DPO.propose
+
+    @classmethod
+    def needs(cls, config)->str: return "clips" if config.pairs_from == "edit" else "captions"
+
+    def setup(self): self.watch = ErrorWatch()
 
     def save(self, folder:Path):
         if "ref" in self.policy.network.peft_config: save_lora(self.policy, Path(folder)/"ref", "ref")
@@ -58,8 +66,9 @@ class OnlineDPO(Algorithm):
         config, policy, step = self.config, self.policy, step_of(positions, self.config)
         if step and step % config.ref_update_every == 0: refresh(policy)
         prompts, generators = self.captions_at(positions), self.generators_at(positions)
-        with self.accelerator.autocast(): clips = candidates(policy, self.reward, prompts, generators, config)
-        pairs, scores = choose_pairs(clips), clips["reward"]
+        clips = self.propose(clip_order(positions, len(self.prompts), config.seed), prompts, generators)
+        pairs = relabel(choose_pairs(clips), config.labels, [config.seed + 2 + p for p in positions])
+        scores = clips["reward"]
         rows = pairs["differ"].nonzero().flatten().tolist()
         skipped = (len(prompts) - len(rows))*config.batch/len(prompts) # the log has the mean: this makes it a count
         row = {"reward": scores.mean(), "reward_std": scores.std(1, correction=0).mean(),
@@ -67,14 +76,18 @@ class OnlineDPO(Algorithm):
         if not rows: return {"loss": 0., **row, **self.no_update()}
         share, mine = len(rows)/len(prompts), [generators[i] for i in rows]
         update = pair_update(policy, select(pairs, rows), mine, config, self.accelerator, share)
-        return {"loss": update.pop("loss")*share, **row, **update}
+        self.watch(update)
+        fresh = update.pop("judge_accuracy") # errors before the update, on clips that it has not seen
+        return {"loss": update.pop("loss")*share, **row, **update, "fresh_accuracy": fresh}
 
     def no_update(self)->dict:
         "A gradient of zero, so that processes and micro-batches still add up."
         self.accelerator.backward(sum(p.sum() for p in lora_parameters(self.policy))*0.)
-        return {"implicit_accuracy": .5, "margin": 0., "gap_w": 0., "gap_l": 0.}
+        nothing = dict.fromkeys(("margin", "gap_w", "gap_l", "chosen_error", "rejected_error"), 0.)
+        return {"implicit_accuracy": .5, **nothing, "fresh_accuracy": .5}
 
     @classmethod
     def step_cost(cls, config, guidance_scale:float=2.)->float: # per caption
         "c N D for drawing, 6 for each draw of t on the pair."
-        return branches(config, guidance_scale)*config.n_candidates*config.n_ddim + 6*config.timesteps_per_pair
+        drawn = branches(config, guidance_scale)*config.n_candidates*config.drawing_steps()
+        return drawn + 6*config.timesteps_per_pair

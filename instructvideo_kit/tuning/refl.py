@@ -28,15 +28,15 @@ class ReflConfig(InstructVideoConfig):
     batch: int = 8 # code: 2 on a device, 4 micro-batches
     grad_accum: int = 4 # code: 4
     lr: float = 1e-5 # code: 1e-5
-    max_grad_norm: float = 1.0 # code: 1
+    max_grad_norm: float = 1.0 # code: 1; with refl_scale 1e-3 no gradient gets near it, so it does nothing
     n_ddim: int = 40 # D; code: 40
     tau: float = 1.0 # the chain starts from noise
     stop_from: int = 30 # earliest j, 0-based; code: randint(30, 39)
     stop_to: int = 39 # latest j, itself included
     lam_tar: float = 0.0 # ReFL is about images: all frames alike
     guidance_scale: float | None = 1.0 # code: none
-    margin: float = 2.0 # code: relu(2 - r)
-    refl_scale: float = 1e-3 # lambda; code: 1e-3
+    margin: float = 2.0 # code: relu(2 - r), for a standardised judge; a cosine stays below it, so it does nothing
+    refl_scale: float = 1e-3 # lambda; code: 1e-3; alone in the loss it does nothing, Adam divides it out
 
     def check(self):
         super().check()

@@ -21,6 +21,7 @@ from ..diffusion.schedule import corrupt
 from ..files import need, need_one_of
 from ..policy.lora import load_lora, save_lora
 from ..reward.base import clamp_frames
+from ..reward.latent import latent_frames, reads_latents
 from ..reward.segvr import segment_frames, segmental_reward
 from ..reward.tar import tar_weights
 from ..reward.videoscore import DIMENSIONS, pick_dimension
@@ -117,7 +118,8 @@ def judge(
     g = segment_frames(policy.n_frames, config.n_segments or policy.n_frames, len(z_0), "middle")
     scores, n = [], config.samples_at_once
     for part in (slice(i, i + n) for i in range(0, len(z_0), n)):
-        frames = clamp_frames(policy.decode(z_0[part], g[part]))
+        if reads_latents(reward): frames = latent_frames(z_0[part], g[part], policy.n_frames)
+        else: frames = clamp_frames(policy.decode(z_0[part], g[part]))
         weights = tar_weights(g[part], policy.n_frames, config.lam_tar, config.tar_center) if config.lam_tar else None
         scores.append(clip_scores(reward, frames, prompts[part], config.dimension, weights))
     return torch.cat(scores)
