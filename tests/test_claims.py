@@ -292,7 +292,7 @@ def test_points_of_equal_compute():
 # or captions, the image or the video reward. So this still fails when an algorithm's data, config fields or call change
 # under the scoreboard, when a run asks the video reward for what it has not (a dimension, a value per frame), or when a
 # run's settings no longer load. What it leaves out is size: the policy has 8 frames of 16 pixels, the video reward is a
-# stand-in without weights, four DDIM steps, one step of the optimiser. nbs/measure/10_execute tests measuring a point.
+# stand-in without weights, four DDIM steps, one step of the optimiser. nbs/measure/09_execute tests measuring a point.
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")

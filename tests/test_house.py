@@ -171,3 +171,32 @@ def test_network_is_closed_and_loopback_open():
 def test_network_is_closed_in_child_processes():
     code = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)"
     assert "without a network" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+
+
+def exported(path):
+    "(module that a notebook of nbs/ exports, text of its exported cells)."
+    cells = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    name = next((m[1] for c in cells if (m := re.search(r"^#\| *default_exp +(\S+)", c, re.M))), None)
+    return name, [c for c in cells if re.search(r"^#\| *export", c, re.M)]
+
+
+def test_notebooks_are_numbered_in_import_order():
+    "A reader who opens a folder's notebooks in order meets nothing that comes later."
+    found = {p: exported(p) for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts}
+    by_module = {name: path for path, (name, _) in found.items()}
+    forward = []
+    for path, (_, cells) in found.items():
+        for module in re.findall(r"from instructvideo_kit\.([\w.]+) import", "\n".join(cells)):
+            target = by_module.get(module)
+            if target and target.parent == path.parent and target.name > path.name: forward.append((path.name, target.name))
+    assert len(by_module) > 80 and forward == []
+
+
+def test_functions_are_short():
+    "At most 30 lines below the signature; each exception has its reason here."
+    excused = {"feedback_app"} # three commands of one sub-command, registered together
+    long = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.body[0].lineno + 1 > 30: long.append(node.name)
+    assert set(long) <= excused
