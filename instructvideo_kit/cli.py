@@ -226,17 +226,21 @@ def evaluate(
     typer.echo("\n".join([str(comparison), "", *verdict(comparison), f"saved in {folder}"]))
 
 # %% ../nbs/95_cli.ipynb #feff3c36
-PARTS = { # part -> kind of weights, name
-    "policy": "policy/menagerie", "i2v": "policy/menagerie-i2v", "judge": "reward/menagerie",
+PARTS = { # part -> where it is shipped; an autoencoder is shipped inside the policies
+    "autoencoder": None, "policy": "policy/menagerie", "i2v": "policy/menagerie-i2v", "judge": "reward/menagerie",
     "video-judge": "videoscore/menagerie", "oracle": "oracle/menagerie"}
 
-def _train(part, out, steps, picture_steps, seed, start=None):
+def _train(part, out, steps, picture_steps, seed, start=None, vae=None):
     "Train a part; its finished folder."
     given = {"seed": seed} | ({"steps": steps} if steps else {})
     if part == "policy":
         from instructvideo_kit.menagerie.models import train_policy
-        chosen = {"clip_steps": steps, "picture_steps": picture_steps, "start": start}
+        chosen = {"clip_steps": steps, "picture_steps": picture_steps, "start": start, "vae": vae}
         return train_policy(out, seed=seed, **{k: v for k, v in chosen.items() if v is not None})
+    if part == "autoencoder":
+        from instructvideo_kit.menagerie.autoencoder import train_autoencoder
+        train_autoencoder(out, **given).half().save_pretrained(out/part)
+        return out/part
     if part == "i2v":
         from instructvideo_kit.menagerie.image_to_video import train_image_to_video
         return train_image_to_video(out, **given, **({"start": start} if start else {}))
@@ -253,7 +257,7 @@ def _train(part, out, steps, picture_steps, seed, start=None):
 
 @menagerie.command()
 def train(
-    part: Annotated[str, typer.Option(help="policy, i2v, judge, video-judge or oracle.")],
+    part: Annotated[str, typer.Option(help="autoencoder, policy, i2v, judge, video-judge or oracle.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; goes on from the checkpoint in it.")],
     steps: Annotated[int | None, typer.Option(
         min=1, help="Optimiser steps (policy: of its second phase, on clips).")] = None,
@@ -261,13 +265,15 @@ def train(
         min=0, help="Policy: steps of its first phase, on pictures.")] = None,
     start: Annotated[str | None, typer.Option(
         help="Policy, i2v: go on from this pipeline directory or shipped policy.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Policy: folder of a finished autoencoder.")] = None,
     seed: Seed = 0,
     ship: Annotated[bool, typer.Option("--ship", help="Put the result in place of the shipped weights.")] = False,
 ):
     "Train a model of the menagerie from nothing (hours for the policy, minutes for judge and oracle)."
     if part not in PARTS: raise KitError(f'--part is "{part}"; {near(part, PARTS)}')
+    if ship and not PARTS[part]: raise KitError("an autoencoder is shipped inside the policies: train one with --vae FOLDER")
     prepare()
-    folder = _train(part, out, steps, picture_steps, seed, start)
+    folder = _train(part, out, steps, picture_steps, seed, start, vae)
     if ship:
         from instructvideo_kit.app import ship as put_in_place
         folder = put_in_place(folder, HERE/"weights"/PARTS[part])

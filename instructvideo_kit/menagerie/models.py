@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPORAL', 'GUIDE_WEIGHTS', 'PHASES', 'new_unet', 'new_text_encoder', 'new_scheduler', 'pictures_only', 'Pool',
            'spread_timesteps', 'denoising_loss', 'guide_targets', 'Guides', 'seeing', 'train_phase', 'as_policy',
-           'sheet', 'looker', 'train_policy']
+           'sheet', 'looker', 'open_parts', 'new_parts', 'train_policy']
 
 # %% ../../nbs/menagerie/10_models.ipynb #5b5bbd5c
 import contextlib
@@ -311,6 +311,28 @@ def looker(
         for m in modules.values(): m.train().requires_grad_(True) # a policy freezes its parts
     return look
 
+# %% ../../nbs/menagerie/10_models.ipynb #e6baa360
+def open_parts(
+    start, # a pipeline directory
+)->tuple: # ({unet, text_encoder} in training, autoencoder, tokenizer)
+    "The networks of a pipeline, to go on with."
+    base = VideoPolicy.from_pretrained(start)
+    modules = dict(unet=base.unet, text_encoder=base.text_encoder)
+    for m in modules.values(): m.train().requires_grad_(True)
+    return modules, base.vae, base.tokenizer
+
+# %% ../../nbs/menagerie/10_models.ipynb #ee12cc02
+def new_parts(
+    folder:Path, # of the run
+    vae, # folder of an autoencoder, or None
+    vae_steps:int, # of its training, where there is none
+)->tuple: # ({unet, text_encoder}, autoencoder, tokenizer)
+    "Fresh networks beside an autoencoder that is opened or trained."
+    from diffusers import AutoencoderKL
+    tokenizer = menagerie_tokenizer()
+    opened = AutoencoderKL.from_pretrained(vae) if vae else train_autoencoder(folder / "autoencoder", vae_steps)
+    return dict(unet=new_unet(), text_encoder=new_text_encoder(tokenizer)), opened.float().requires_grad_(False), tokenizer
+
 # %% ../../nbs/menagerie/10_models.ipynb #6c946c8c
 def train_policy(
     folder, # of the run: autoencoder/, pictures/, clips/ and the finished pipeline in pipeline/
@@ -318,19 +340,14 @@ def train_policy(
     clip_steps:int=12000, # clip phase
     seed:int=0,
     start=None, # a pipeline directory to go on from instead of fresh weights
-    vae_steps:int=4500, # of the autoencoder, where there is none to start from
+    vae=None, # folder of an autoencoder (`save_pretrained`); None: one is trained first, or comes with `start`
+    vae_steps:int=24000, # of that training
 )->Path: # the pipeline directory
     """Train the text-to-video policy from nothing, or go on from a pipeline directory, and save it (resumable at any
     point)."""
     torch.manual_seed(seed)
     folder = Path(folder)
-    if start:
-        base = VideoPolicy.from_pretrained(start)
-        vae, tokenizer, modules = base.vae, base.tokenizer, dict(unet=base.unet, text_encoder=base.text_encoder)
-        for m in modules.values(): m.train().requires_grad_(True)
-    else:
-        vae, tokenizer = train_autoencoder(folder / "autoencoder", vae_steps), menagerie_tokenizer()
-        modules = dict(unet=new_unet(), text_encoder=new_text_encoder(tokenizer))
+    modules, vae, tokenizer = open_parts(start) if start else new_parts(folder, vae, vae_steps)
     for phase, steps in (("pictures", picture_steps), ("clips", clip_steps)):
         if steps:
             train_phase(phase, folder / phase, modules, vae, tokenizer, steps, seed,
