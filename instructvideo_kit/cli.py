@@ -8,9 +8,12 @@ __all__ = ['HERE', 'plain', 'app', 'menagerie', 'Policy', 'Reward', 'Seed', 'Ste
            'reproduce', 'tutorials', 'doctor', 'main']
 
 # %% ../nbs/95_cli.ipynb #77e2166e
-import os, re, traceback, warnings
+import os
+import re
+import traceback
+import warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
@@ -60,7 +63,8 @@ def prepare():
         ours = issubclass(category, UserWarning) and Path(filename).is_relative_to(HERE)
         if ours: typer.echo(f"instructvideo-kit: note: {message}", err=True)
     warnings.showwarning = show
-    import diffusers, transformers
+    import diffusers
+    import transformers
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -92,8 +96,8 @@ app = typer.Typer(cls=Friendly, add_completion=False, pretty_exceptions_enable=F
 menagerie = typer.Typer(**plain, help="The drawn world: train its models, export its clips, look at it.")
 app.add_typer(menagerie, name="menagerie")
 
-Policy = Annotated[Optional[str], typer.Option(help="Shipped name, pipeline directory or hub id.")]
-Reward = Annotated[Optional[str], typer.Option(
+Policy = Annotated[str | None, typer.Option(help="Shipped name, pipeline directory or hub id.")]
+Reward = Annotated[str | None, typer.Option(
     help="Shipped name, CLIPModel directory, open_clip checkpoint, or hpsv2, pickscore, clip.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")]
 Steps = Annotated[int, typer.Option(min=1, help="DDIM steps.")]
@@ -131,20 +135,20 @@ def _tune_help():
 def tune(
     data: Annotated[str, typer.Option(
         help="Folder with metadata.csv (file_name,text), a list of path|||caption, or menagerie.")],
-    out: Annotated[Optional[Path], typer.Option(help="Folder of the run; runs/ALGORITHM by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/ALGORITHM by default.")] = None,
     policy: Policy = None,
     reward: Reward = None,
-    algorithm: Annotated[Optional[str], typer.Option(help="One of those above; the preset's by default.")] = None,
-    preset: Annotated[Optional[str], typer.Option(
+    algorithm: Annotated[str | None, typer.Option(help="One of those above; the preset's by default.")] = None,
+    preset: Annotated[str | None, typer.Option(
         help="Shipped name or YAML file; the algorithm's by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    steps: Annotated[Optional[int], typer.Option(help="Optimiser steps.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Seed of the run.")] = None,
-    memory: Annotated[Optional[str], typer.Option(
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
+    memory: Annotated[str | None, typer.Option(
         help="Settings for a card: t4-16gb, a100-40gb, a100-80gb or h200.")] = None,
-    set_: Annotated[Optional[list[str]], typer.Option(
+    set_: Annotated[list[str] | None, typer.Option(
         "--set", help="field=value of the preset; may be repeated.")] = None,
-    preview: Annotated[Optional[Path], typer.Option(
+    preview: Annotated[Path | None, typer.Option(
         help="Write a PNG of what the model will see of the data, and stop.")] = None,
 ):
     if algorithm and algorithm not in algorithms():
@@ -171,10 +175,10 @@ def tune(
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="Captions.")],
     policy: Policy = "menagerie",
-    lora: Annotated[Optional[Path], typer.Option(help="Run folder, or folder of a LoRA.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Run folder, or folder of a LoRA.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the mp4 files and strip.png.")] = Path("runs/sample"),
     steps: Steps = 20,
-    guidance: Annotated[Optional[float], typer.Option(help="Guidance scale; the policy's own by default.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the policy's own by default.")] = None,
     seed: Seed = 0,
     n: Annotated[int, typer.Option(min=1, help="Videos per caption.")] = 1,
 ):
@@ -202,12 +206,12 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder, or folder of a LoRA.")],
     policy: Policy = None,
     reward: Reward = None,
-    prompts: Annotated[Optional[Path], typer.Option(
+    prompts: Annotated[Path | None, typer.Option(
         help="Text file, one caption per line; default: the menagerie's.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Videos per caption.")] = 2,
     seed: Seed = 0,
     steps: Steps = 20,
-    out: Annotated[Optional[Path], typer.Option(
+    out: Annotated[Path | None, typer.Option(
         help="Folder for the figures; default: evaluation-d20 in the run.")] = None,
 ):
     "Compare the base policy with the tuned one, from the same noise, by the reward it was tuned with."
@@ -216,7 +220,8 @@ def evaluate(
     prepare()
     from instructvideo_kit.app import compare_run
     from instructvideo_kit.measure.report import verdict
-    note = lambda text: typer.echo(text, err=True)
+    def note(text):
+        return typer.echo(text, err=True)
     comparison, folder = compare_run(run, policy, reward, prompts, range(seed, seed + seeds), steps, out, note)
     typer.echo("\n".join([str(comparison), "", *verdict(comparison), f"saved in {folder}"]))
 
@@ -250,11 +255,11 @@ def _train(part, out, steps, picture_steps, seed, start=None):
 def train(
     part: Annotated[str, typer.Option(help="policy, i2v, judge, video-judge or oracle.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; goes on from the checkpoint in it.")],
-    steps: Annotated[Optional[int], typer.Option(
+    steps: Annotated[int | None, typer.Option(
         min=1, help="Optimiser steps (policy: of its second phase, on clips).")] = None,
-    picture_steps: Annotated[Optional[int], typer.Option(
+    picture_steps: Annotated[int | None, typer.Option(
         min=0, help="Policy: steps of its first phase, on pictures.")] = None,
-    start: Annotated[Optional[str], typer.Option(
+    start: Annotated[str | None, typer.Option(
         help="Policy, i2v: go on from this pipeline directory or shipped policy.")] = None,
     seed: Seed = 0,
     ship: Annotated[bool, typer.Option("--ship", help="Put the result in place of the shipped weights.")] = False,
@@ -291,13 +296,15 @@ def show(
     "Draw a contact sheet of the menagerie."
     prepare()
     import io
+
     from instructvideo_kit.files import write_atomic
     from instructvideo_kit.menagerie.captions import scenes
     from instructvideo_kit.menagerie.defects import render
     from instructvideo_kit.video import clip_grid
     chosen, buffer = scenes("evaluation", n, seed, clean=True), io.BytesIO()
     clip_grid(render(chosen, size=size), scale=1, labels=[s.caption for s in chosen]).save(buffer, "PNG")
-    write_atomic(out, buffer.getvalue()); typer.echo(out)
+    write_atomic(out, buffer.getvalue())
+    typer.echo(out)
 
 # %% ../nbs/95_cli.ipynb #435a1d02
 @app.command()

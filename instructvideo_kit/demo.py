@@ -7,7 +7,9 @@ __all__ = ['FULL', 'QUICK', 'OPEN', 'BEFORE', 'TUNE', 'AFTER', 'REPORT', 'STAGES
            'DemoSize', 'plan', 'run_demo']
 
 # %% ../nbs/94_demo.ipynb #e755e850
-import json, shutil, time
+import json
+import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -20,7 +20,8 @@ def gflops(
     side:int=384, # of the square matrices
     seconds:float=.02, # of processor time, at least
 )->float: # 1e9 floating-point operations per second, over all threads
-    "Speed of a matrix product in a number format: the best of several, in processor time, so that other programs do not slow it."
+    """Speed of a matrix product in a number format: the best of several, in processor time, so that other programs
+    do not slow it."""
     a, b = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
     a @ b
     taken, best = 0., float("inf")
@@ -47,7 +48,8 @@ class Machine:
 
     def __str__(self):
         verdict = "bfloat16 is used where precision allows" if self.bfloat16_is_fast else "bfloat16 is not used"
-        return f"{self.cores} cores, {self.threads} threads, {self.float32:.0f} GFLOP/s in float32, {self.bfloat16:.0f} in bfloat16: {verdict}" 
+        return (f"{self.cores} cores, {self.threads} threads, {self.float32:.0f} GFLOP/s in float32, "
+                f"{self.bfloat16:.0f} in bfloat16: {verdict}") 
 
 # %% ../nbs/02_machine.ipynb #eadaa718
 @lru_cache(maxsize=1)

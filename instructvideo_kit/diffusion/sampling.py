@@ -12,8 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from .prediction import (
-    check_prediction_type, epsilon_to_x0, flow_to_epsilon, flow_to_x0, v_to_epsilon, v_to_x0, x0_to_epsilon, x0_to_flow, x0_to_v)
+from instructvideo_kit.diffusion.prediction import (
+    check_prediction_type,
+    epsilon_to_x0,
+    flow_to_epsilon,
+    flow_to_x0,
+    v_to_epsilon,
+    v_to_x0,
+    x0_to_epsilon,
+    x0_to_flow,
+    x0_to_v,
+)
 from .schedule import Schedule, per_sample
 
 # %% ../../nbs/diffusion/01_sampling.ipynb #22410794
@@ -23,11 +32,13 @@ def to_x0_eps(
     alpha_bar_t, # float in (0, 1), or one per sample (b,)
     prediction_type:str, # one of PREDICTION_TYPES
 )->tuple: # (x0, eps), both like z_t
-    "Clean latents and noise that a prediction stands for; z_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps holds for them."
+    """Clean latents and noise that a prediction stands for; z_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps
+    holds for them."""
     alpha_bar_t = per_sample(alpha_bar_t, z_t)
     check_prediction_type(prediction_type)
     if prediction_type == 'epsilon': return epsilon_to_x0(prediction, z_t, alpha_bar_t), prediction
-    if prediction_type == 'v_prediction': return v_to_x0(prediction, z_t, alpha_bar_t), v_to_epsilon(prediction, z_t, alpha_bar_t)
+    if prediction_type == 'v_prediction':
+        return v_to_x0(prediction, z_t, alpha_bar_t), v_to_epsilon(prediction, z_t, alpha_bar_t)
     if prediction_type == 'sample': return prediction, x0_to_epsilon(prediction, z_t, alpha_bar_t)
     return flow_to_x0(prediction, z_t, alpha_bar_t), flow_to_epsilon(prediction, z_t, alpha_bar_t)
 
@@ -73,7 +84,8 @@ def step_pairs(
     "The steps of a chain as (from, to) pairs; ValueError when timesteps are empty or do not descend."
     steps = [int(t) for t in timesteps]
     if not steps or any(a <= b for a, b in zip(steps, steps[1:])) or steps[-1] < 0:
-        raise ValueError(f"timesteps are {steps}; they must descend, end at 0 or above, and be at least one (ddim_timesteps makes them)")
+        raise ValueError(f"timesteps are {steps}; they must descend, end at 0 or above, and be at least one "
+                         "(ddim_timesteps makes them)")
     return list(zip(steps, steps[1:] + [-1]))
 
 def denoise(
@@ -86,10 +98,12 @@ def denoise(
     callback=None, # called (i, t, z) after step i, with its result z
     free=nullcontext, # context in which the steps without gradient run, such as one that merges adapters
 )->Tensor: # z_0, like z_t
-    "Partial or full DDIM chain, truncated back-propagation (sections 3.2.1, 3.3 of InstructVideo); ValueError when K is out of range."
+    """Partial or full DDIM chain, truncated back-propagation (sections 3.2.1, 3.3 of InstructVideo); ValueError when
+    K is out of range."""
     pairs = step_pairs(timesteps)
     if not 0 <= grad_steps <= len(pairs):
-        raise ValueError(f"grad_steps is {grad_steps}; this chain has {len(pairs)} steps, so it must lie in 0..{len(pairs)}")
+        raise ValueError(
+            f"grad_steps is {grad_steps}; this chain has {len(pairs)} steps, so it must lie in 0..{len(pairs)}")
     opened = len(pairs) - (grad_steps if torch.is_grad_enabled() else 0) # the first step with a gradient
     def step(z, t, t_prev): return ddim_step(z, model(z, t), t, t_prev, schedule)
     def recomputed(z, t, t_prev): return checkpointed(step, z, t, t_prev, use_reentrant=False)

@@ -17,10 +17,12 @@ def step_sensitivity(
     timesteps, # descending training steps (n,)
     schedule:Schedule,
 )->Tensor: # (n,) float64, one number per step: negative, but positive for a "sample" prediction
-    "d z_prev / d prediction of each DDIM step: the same number for every latent, as the step is linear in the prediction."
+    """d z_prev / d prediction of each DDIM step: the same number for every latent, as the step is linear in the
+    prediction."""
     now, prev = (torch.tensor([schedule.at(t) for t in ts], dtype=torch.float64) for ts in zip(*step_pairs(timesteps)))
     for_v = (1 - prev).sqrt() * now.sqrt() - prev.sqrt() * (1 - now).sqrt()
-    share = {'v_prediction': 1., 'epsilon': now.sqrt(), 'flow_prediction': now.sqrt() + (1 - now).sqrt(), 'sample': -(1 - now).sqrt()}
+    share = {'v_prediction': 1., 'epsilon': now.sqrt(), 'flow_prediction': now.sqrt() + (1 - now).sqrt(),
+             'sample': -(1 - now).sqrt()}
     return for_v / share[schedule.prediction_type]
 
 # %% ../../nbs/diffusion/02_truncation.ipynb #2e30eeaf
@@ -32,12 +34,14 @@ def gradient_norms(
     loss_fn, # z_0 -> scalar loss
     grad_steps:int, # K, at least 1
 )->Tensor: # (K,) norms of dL / d prediction, in the order of the chain: the last step last
-    "Size of the gradient that reaches the network's output at each of the last K steps; ValueError unless 1 <= K <= len(timesteps)."
+    """Size of the gradient that reaches the network's output at each of the last K steps; ValueError unless 1 <= K
+    <= len(timesteps)."""
     if grad_steps < 1: raise ValueError(f"grad_steps is {grad_steps}; at least the last step must carry a gradient")
     predictions = []
     def recording(z, t):
         prediction = model(z, t)
-        if torch.is_grad_enabled(): predictions.append(prediction if prediction.requires_grad else prediction.requires_grad_())
+        if torch.is_grad_enabled():
+            predictions.append(prediction if prediction.requires_grad else prediction.requires_grad_())
         return prediction
     with torch.enable_grad(): loss = loss_fn(denoise(recording, z_t, timesteps, schedule, grad_steps))
     return torch.stack([g.norm() for g in torch.autograd.grad(loss, predictions)])
@@ -47,9 +51,11 @@ def unet_cost(
     n_steps:int, # n = tau * D steps of the chain
     grad_steps:int=1, # K, steps with gradient
     cfg:bool=True, # two branches per step
-    recompute:int=0, # forwards repeated in the backward pass: 0 none, 1 one level of checkpointing, 2 nested as in the released code
+    # forwards repeated in the backward pass: 0 none, 1 one level of checkpointing, 2 nested as in the released code
+    recompute:int=0,
 )->int: # cost in UNet forwards of one branch
-    "UNet forwards that one training sample costs, c [(n - K) + K (2 + rho)], a backward through frozen weights counted as one forward."
+    """UNet forwards that one training sample costs, c [(n - K) + K (2 + rho)], a backward through frozen weights
+    counted as one forward."""
     if not 0 <= grad_steps <= n_steps: raise ValueError(f"grad_steps is {grad_steps}; it must lie in 0..{n_steps}")
     return (2 if cfg else 1) * (n_steps - grad_steps + grad_steps * (2 + recompute))
 

@@ -82,6 +82,8 @@ def fit_head(
         for group in optimiser.param_groups: group["lr"] = lr * (1 - step / steps)
         i = torch.randint(len(clips), (batch,), generator=g)
         loss = mse_loss(head(drawn[i], clips[i, 0]), clips[i])
-        optimiser.zero_grad(); loss.backward(); optimiser.step()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
         losses.append(loss.item())
     return losses

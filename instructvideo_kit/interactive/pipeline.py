@@ -10,14 +10,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..diffusion.sampling import denoise
 from ..files import KitError
-from .blend import (
-    blend_noise, check_lam, check_reading, denoise_blended, lam_at_step, masked, noised_still)
+from instructvideo_kit.interactive.blend import (
+    blend_noise,
+    check_lam,
+    check_reading,
+    denoise_blended,
+    lam_at_step,
+    masked,
+    noised_still,
+)
 from .drag import displaced, steered
 from .session import pixels
 from ..policy.base import VideoPolicy, check_image

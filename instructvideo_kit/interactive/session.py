@@ -7,7 +7,7 @@ __all__ = ['GRID', 'FORMAT', 'VERSION', 'STEPS', 'LAYERS', 'KEYS', 'INK', 'VEIL'
            'pixels']
 
 # %% ../../nbs/interactive/05_session.ipynb #66c0e3cd
-import json, math
+import json
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
@@ -89,7 +89,7 @@ def _colour(value):
     try: rgb = ImageColor.getrgb(value)
     except (ValueError, AttributeError, TypeError): rgb = ()
     if len(rgb) != 3: raise KitError(f'the colour is {value!r}; expected a name such as "red", or #rrggbb')
-    return "#%02x%02x%02x" % rgb
+    return "#{:02x}{:02x}{:02x}".format(*rgb)
 
 # %% ../../nbs/interactive/05_session.ipynb #3f827664
 class EditSession:
@@ -143,6 +143,7 @@ class EditSession:
 
 # %% ../../nbs/interactive/05_session.ipynb #7a1e8d32
 from fastcore.basics import patch
+
 
 @patch
 def stroke(self:EditSession,

@@ -24,7 +24,8 @@ def without_subject(
     size:int=32, # height and width, pixels
 )->torch.Tensor: # (b, f, 3, size, size) in [0, 1]
     "The same clips with nobody in them."
-    each = lambda v: repeat(v, "b -> (b f)", f=n_frames)
+    def each(v):
+        return repeat(v, "b -> (b f)", f=n_frames)
     place, r = each(torch.tensor([PLACE_NAMES.index(s.place) for s in scenes])), draws(scenes)
     X, Y = (((torch.arange(size) + .5) / size).view(shape) for shape in ((1, 1, size), (1, size, 1)))
     image, t = backdrop(place, each(r[:, 7]), X, Y), torch.linspace(0, 1, n_frames).repeat(len(scenes))
@@ -73,4 +74,5 @@ def arrow_cases(
     scenes = [Scene(s.species, s.motion, s.place, int(rng.integers(2 ** 31))) for s in chosen]
     clips, empty = render(scenes), without_subject(scenes)
     starts = centroids(clips[:, :1], empty[:, :1])[:, 0].tolist()
-    return [ArrowCase(*parts, (tuple(start), arrow_from(rng, start, clips.shape[-1]), radius)) for *parts, start in zip(scenes, clips, empty, starts)]
+    return [ArrowCase(*parts, (tuple(start), arrow_from(rng, start, clips.shape[-1]), radius))
+            for *parts, start in zip(scenes, clips, empty, starts)]

@@ -8,6 +8,7 @@ __all__ = ['SIZE', 'new_autoencoder', 'tracks', 'presence', 'Frames', 'picture_l
 
 # %% ../../nbs/menagerie/12_autoencoder.ipynb #9c1ea0a8
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from .defects import render
 from .training import Run, fit
 from .world import pose
 
+if TYPE_CHECKING: # read where they are used: transformers and diffusers import slowly
+    from diffusers import AutoencoderKL
+
 # %% ../../nbs/menagerie/12_autoencoder.ipynb #6154b50d
 SIZE = 64 # height and width of the world, pixels
 
@@ -33,7 +37,8 @@ def new_autoencoder(
     from diffusers import AutoencoderKL
     n = len(width)
     return AutoencoderKL(
-        block_out_channels=width, down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n, latent_channels=channels,
+        block_out_channels=width, down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n, latent_channels=channels,
         layers_per_block=1, norm_num_groups=8, sample_size=SIZE, mid_block_add_attention=False, scaling_factor=1.)
 
 # %% ../../nbs/menagerie/12_autoencoder.ipynb #486130e8
@@ -87,10 +92,12 @@ def picture_loss(
     a:Tensor, b:Tensor, # pictures (n, 3, h, w)
     weight:Tensor|None=None, # (n, h, w), how much each pixel counts
 )->Tensor: # scalar
-    "Error of pixels, of differences between neighbours, and of differences between colours: squared below .2, absolute above, and a fifth of plain L1."
+    """Error of pixels, of differences between neighbours, and of differences between colours: squared below .2,
+    absolute above, and a fifth of plain L1."""
     d = a - b
     weight = torch.ones_like(d[:, :1]) if weight is None else weight[:, None]
-    error = lambda e, w: (w * (F.smooth_l1_loss(e, torch.zeros_like(e), beta=.2, reduction="none") + .2 * e.abs())).mean()
+    def error(e, w):
+        return (w * (F.smooth_l1_loss(e, torch.zeros_like(e), beta=.2, reduction="none") + .2 * e.abs())).mean()
     edges = error(d.diff(dim=-1), weight[..., 1:]) + error(d.diff(dim=-2), weight[..., 1:, :])
     return error(d, weight) + edges + 2 * error(d.diff(dim=1), weight)
 
@@ -145,7 +152,8 @@ def train_autoencoder(
     frames = Frames(20000, 4000, seed=seed + run.resume())
     def loss_of(step):
         frames.add(4, [5, step])
-        return autoencoder_loss(vae, *frames.batch(batch, [6, step]), torch.Generator().manual_seed(step), half_size=step % 8 == 0)
+        return autoencoder_loss(vae, *frames.batch(batch, [6, step]), torch.Generator().manual_seed(step),
+                                half_size=step % 8 == 0)
     fit(run, loss_of, every=1000, label="autoencoder")
     return scaled(vae.eval().requires_grad_(False))
 
@@ -203,5 +211,6 @@ def reconstruction(
     x = render(chosen, torch.full((len(chosen), 1), 8), size=SIZE)[:, 0]
     z = vae.encode(2 * x - 1).latent_dist.mode() * vae.config.scaling_factor
     eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
-    back = lambda z: ((vae.decode(z / vae.config.scaling_factor).sample + 1) / 2).clamp(0, 1)
+    def back(z):
+        return ((vae.decode(z / vae.config.scaling_factor).sample + 1) / 2).clamp(0, 1)
     return {s: psnr(x, back(z + s * eps)) for s in wrong}

@@ -25,7 +25,10 @@ def train_image_to_video(
     torch.manual_seed(seed)
     base = VideoPolicy.from_pretrained(start)
     unet = base.unet if isinstance(base, FirstFramePolicy) else widened(base.unet)
-    train_phase("first_frame", Path(folder)/"first_frame", dict(unet=unet.train().requires_grad_(True), text_encoder=base.text_encoder), base.vae, base.tokenizer, steps, seed)
+    train_phase("first_frame", Path(folder)/"first_frame",
+                dict(unet=unet.train().requires_grad_(True), text_encoder=base.text_encoder), base.vae, base.tokenizer,
+                steps, seed)
     kit = dict(name="menagerie-i2v", n_frames=16, guidance_scale=4.0)
-    FirstFramePolicy(unet.eval(), base.vae, base.text_encoder, base.tokenizer, new_scheduler(), kit).save_pretrained(Path(folder)/"pipeline")
+    FirstFramePolicy(unet.eval(), base.vae, base.text_encoder, base.tokenizer, new_scheduler(),
+                     kit).save_pretrained(Path(folder)/"pipeline")
     return Path(folder)/"pipeline"

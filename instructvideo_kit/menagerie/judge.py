@@ -10,6 +10,7 @@ __all__ = ['VISIBLE', 'PICTURE', 'new_judge', 'frame_size', 'spoiled', 'other_ca
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,12 +21,15 @@ from torch import Tensor
 from ..files import KitError, write_atomic
 from ..machine import fast_autocast
 from .autoencoder import SIZE
-from .captions import combinations, scenes
+from .captions import scenes
 from .defects import degrade, render
 from .tokens import menagerie_tokenizer, token_ids
 from .training import Run, fit
 from .world import NAMES, PLACE_NAMES, Scene
 from ..reward.base import preprocess
+
+if TYPE_CHECKING: # read where they are used: transformers and diffusers import slowly
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 # %% ../../nbs/menagerie/07_judge.ipynb #582f7994
 VISIBLE = ("blur", "noise", "dull", "watermark") # what a single frame can show
@@ -132,7 +136,8 @@ def preference_loss(
     "Softmax preference over pairs (HPSv2), for quality and for content, with a little contrast over the batch."
     n = len(image) // 2
     (clean, faulty), (right, wrong) = image.split(n), text.split(n)
-    s = lambda a, b: (a * b).sum(-1)
+    def s(a, b):
+        return (a * b).sum(-1)
     quality = F.softplus(-scale * (s(clean, right) - s(faulty, right))).mean()
     content = sum(F.softplus(-scale * (s(x, right) - s(x, wrong))).mean() for x in (clean, faulty)) / 2
     among = F.cross_entropy(scale * clean @ right.T, torch.arange(n))

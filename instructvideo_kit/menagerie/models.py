@@ -9,8 +9,8 @@ __all__ = ['TEMPORAL', 'GUIDE_WEIGHTS', 'PHASES', 'new_unet', 'new_text_encoder'
 
 # %% ../../nbs/menagerie/08_models.ipynb #5b5bbd5c
 import contextlib
-import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,13 +28,18 @@ from .training import Run, fit
 from ..policy.base import VideoPolicy
 from ..video import clip_grid
 
+if TYPE_CHECKING: # read where they are used: transformers and diffusers import slowly
+    from diffusers import DDIMScheduler, UNet3DConditionModel
+    from PIL.Image import Image
+
 # %% ../../nbs/menagerie/08_models.ipynb #0f813c7c
 def new_unet(
     channels:int=8, # of the latents
     width:tuple=(64, 128), # at 8 x 8 and at 4 x 4
     text_width:int=96, # of the text features
 )->"UNet3DConditionModel":
-    "A small UNet3DConditionModel with fresh weights; its temporal layers start as identities, its hard-coded dropout is off."
+    """A small UNet3DConditionModel with fresh weights; its temporal layers start as identities, its hard-coded
+    dropout is off."""
     from diffusers import UNet3DConditionModel
     levels = len(width) - 1
     unet = UNet3DConditionModel(
@@ -54,8 +59,10 @@ def new_text_encoder(tokenizer, width=96):
     "A CLIPTextModel of two layers with fresh weights."
     from transformers import CLIPTextConfig, CLIPTextModel
     return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS, projection_dim=width, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
 
 # %% ../../nbs/menagerie/08_models.ipynb #880e6318
@@ -75,7 +82,8 @@ TEMPORAL = ("TransformerTemporalModel", "TemporalConvLayer")
 def pictures_only(unet):
     "Within this context the temporal layers hand their input on."
     layers = [m for m in unet.modules() if type(m).__name__ in TEMPORAL]
-    for m in layers: m.forward = (lambda h, *a, **k: (h,)) if type(m).__name__ == TEMPORAL[0] else (lambda h, *a, **k: h)
+    for m in layers:
+        m.forward = (lambda h, *a, **k: (h,)) if type(m).__name__ == TEMPORAL[0] else (lambda h, *a, **k: h)
     try: yield
     finally:
         for m in layers: del m.forward
@@ -174,13 +182,17 @@ def guide_targets(
 GUIDE_WEIGHTS = (.3, .9, .15, .15, .15) # time, presence, place across, speed across, growth
 
 class Guides(torch.nn.Module):
-    "Readers on temporal layers and on the text feature: `loss` says how much of what the renderer knows they cannot read."
+    """Readers on temporal layers and on the text feature: `loss` says how much of what the renderer knows they
+    cannot read."""
     def __init__(self, unet, tokenizer, text_width=96):
         super().__init__()
-        layers = [m for name, m in unet.named_modules() if type(m).__name__ == "TemporalConvLayer" and not name.startswith("down_blocks.0")]
-        self.heads = torch.nn.ModuleList(torch.nn.Conv2d(m.conv4[-1].out_channels, len(GUIDE_WEIGHTS), 1) for m in layers)
+        layers = [m for name, m in unet.named_modules() if type(m).__name__ == "TemporalConvLayer"
+                  and not name.startswith("down_blocks.0")]
+        self.heads = torch.nn.ModuleList(torch.nn.Conv2d(m.conv4[-1].out_channels, len(GUIDE_WEIGHTS), 1)
+                                         for m in layers)
         self.words, self.tokenizer, self.read = torch.nn.Linear(text_width, len(tokenizer)), tokenizer, []
-        listen = lambda head: (lambda m, given, out: self.read.append(head(out.float())))
+        def listen(head):
+            return lambda m, given, out: self.read.append(head(out.float()))
         self.hooks = [m.register_forward_hook(listen(head)) for m, head in zip(layers, self.heads)]
 
     def layers(self, track):
@@ -189,7 +201,8 @@ class Guides(torch.nn.Module):
         weights = torch.tensor(GUIDE_WEIGHTS).view(-1, 1)
         def error(out):
             out = rearrange(out.float(), "(b f) k h w -> k b f h w", b=len(track))
-            return (weights * (out - guide_targets(track, *out.shape[-2:])).square().flatten(1).mean(1, keepdim=True)).sum()
+            return (weights
+                    * (out - guide_targets(track, *out.shape[-2:])).square().flatten(1).mean(1, keepdim=True)).sum()
         return sum(error(out) for out in read) / len(read)
 
     def caption(self, text, ids):
@@ -208,10 +221,13 @@ class Guides(torch.nn.Module):
         for hook in self.hooks: hook.remove()
 
 # %% ../../nbs/menagerie/08_models.ipynb #f73741cb
-PHASES = { # frames per sample, batch, pool size, first fill, drawn per step, learning rate, moving average, min-SNR, spread of timesteps
+# frames per sample, batch, pool size, first fill, drawn per step, learning rate, moving average, min-SNR, spread of
+# timesteps
+PHASES = {
     "pictures": dict(n_frames=1, batch=128, pool=60000, first=6000, fresh=16, peak=1e-3, ema=.9995, gamma=5., power=1.),
     "clips": dict(n_frames=16, batch=8, pool=3000, first=400, fresh=1, peak=5e-4, ema=.999, gamma=None, power=.5),
-    "first_frame": dict(n_frames=16, batch=8, pool=3000, first=400, fresh=1, peak=3e-4, ema=.998, gamma=None, power=.5), # 10_image_to_video
+    # 10_image_to_video
+    "first_frame": dict(n_frames=16, batch=8, pool=3000, first=400, fresh=1, peak=3e-4, ema=.998, gamma=None, power=.5),
 }
 
 # %% ../../nbs/menagerie/08_models.ipynb #7d8b3a89
@@ -236,14 +252,16 @@ def train_phase(
     prediction:str="v_prediction", # or "sample"
     look=None, # look(step), called every half hour with the averaged weights in place
 )->Run:
-    "Train on single pictures, on clips, or on clips after a first frame (both with guides), in bfloat16 where the processor is faster in it."
+    """Train on single pictures, on clips, or on clips after a first frame (both with guides), in bfloat16 where the
+    processor is faster in it."""
     p, alpha_bar, clips = PHASES[phase], new_scheduler().alphas_cumprod, phase != "pictures"
     unet, text_encoder = modules["unet"], modules["text_encoder"]
     guides = Guides(unet, tokenizer) if clips else None
     run = Run(folder, {**modules, **({"guides": guides} if clips else {})}, steps, peak=p["peak"], ema=p["ema"])
     pool = Pool(vae, tokenizer, p["n_frames"], p["pool"], p["first"], seed=seed + run.resume())
     skip = contextlib.nullcontext if clips else pictures_only
-    fade = lambda step: min(1, max(0, (steps - step) / (.25 * steps))) # as the learning rate falls
+    def fade(step):
+        return min(1, max(0, (steps - step) / (.25 * steps))) # as the learning rate falls
     def loss_of(step):
         pool.add(p["fresh"], [seed, 17, step])
         z, ids, track = pool.batch(p["batch"], [seed, 18, step])
@@ -306,7 +324,8 @@ def train_policy(
     start=None, # a pipeline directory to go on from instead of fresh weights
     vae_steps:int=4500, # of the autoencoder, where there is none to start from
 )->Path: # the pipeline directory
-    "Train the text-to-video policy from nothing, or go on from a pipeline directory, and save it (resumable at any point)."
+    """Train the text-to-video policy from nothing, or go on from a pipeline directory, and save it (resumable at any
+    point)."""
     torch.manual_seed(seed)
     folder = Path(folder)
     if start:
@@ -317,6 +336,8 @@ def train_policy(
         vae, tokenizer = train_autoencoder(folder / "autoencoder", vae_steps), menagerie_tokenizer()
         modules = dict(unet=new_unet(), text_encoder=new_text_encoder(tokenizer))
     for phase, steps in (("pictures", picture_steps), ("clips", clip_steps)):
-        if steps: train_phase(phase, folder / phase, modules, vae, tokenizer, steps, seed, look=looker(folder, phase, modules, vae, tokenizer))
+        if steps:
+            train_phase(phase, folder / phase, modules, vae, tokenizer, steps, seed,
+                        look=looker(folder, phase, modules, vae, tokenizer))
     as_policy(modules, vae, tokenizer).save_pretrained(folder / "pipeline")
     return folder / "pipeline"

@@ -28,7 +28,7 @@ from .autoencoder import SIZE
 from .captions import scenes
 from .defects import render, watermark_mask
 from .training import Run, fit
-from .world import MOTIONS, NAMES, PART_MASK, PARTS, PLACES, PLACE_NAMES, Scene
+from .world import MOTIONS, NAMES, PART_MASK, PARTS, PLACE_NAMES, PLACES, Scene
 
 # %% ../../nbs/menagerie/06_oracle.ipynb #b901d184
 def parse(
@@ -65,7 +65,8 @@ class OracleNet(nn.Module):
         self.frame = nn.Sequential(*layers)
         self.what = nn.Linear(channels[-1] * 16, species + len(PLACES))
         self.spot = nn.Linear(channels[-1] * 16, 96)
-        along = lambda: [nn.Conv1d(96, 96, 3, padding=1), nn.ReLU()]
+        def along():
+            return [nn.Conv1d(96, 96, 3, padding=1), nn.ReLU()]
         self.time = nn.Sequential(*along(), *along(), nn.Flatten(), nn.Linear(96 * 8, len(MOTIONS)))
 
     def forward(self, clip):
@@ -294,7 +295,8 @@ def train_oracle(
         g = torch.Generator().manual_seed(step)
         clips, targets = pool.batch(batch, g)
         with fast_autocast(): out = run.modules["net"](disturb(clips, g))
-        error = lambda o, target: F.cross_entropy(o.float(), target, label_smoothing=.05, ignore_index=UNTOLD)
+        def error(o, target):
+            return F.cross_entropy(o.float(), target, label_smoothing=.05, ignore_index=UNTOLD)
         return sum(error(o, target) for o, target in zip(out, targets.T))
     return fit(run, loss_of, label="oracle").modules["net"].eval()
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..files import write_atomic
 
 # %% ../../nbs/menagerie/05_training.ipynb #2e8e5a38
 def learning_rate(
@@ -52,7 +51,8 @@ class Run:
 
     def state(self):
         "All that going on needs."
-        return dict(modules={k: m.state_dict() for k, m in self.modules.items()}, average=self.average, optimiser=self.optimiser.state_dict(),
+        return dict(modules={k: m.state_dict() for k, m in self.modules.items()}, average=self.average,
+                    optimiser=self.optimiser.state_dict(),
                     step=self.step, seconds=self.seconds)
 
     def save(self):

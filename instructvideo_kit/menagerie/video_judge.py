@@ -10,9 +10,10 @@ __all__ = ['SHAKING', 'LOOKED_AT', 'LATENTS', 'QUESTION', 'MOTION_WORDS', 'WORDS
            'video_judge_accuracy', 'by_head']
 
 # %% ../../nbs/menagerie/09_video_judge.ipynb #6b70cf79
-from dataclasses import replace
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,8 +33,18 @@ from .training import Run, fit
 from .world import MOTIONS, NAMES, PLACE_NAMES, PLACES, Scene, pose
 from ..reward.base import CLIP_MEAN, CLIP_STD
 from ..reward.clip import ClipReward
-from ..reward.videoscore import (
-    AROUND, DIMENSIONS, IMAGE, VideoScoreModel, VideoScoreReward, idefics_pictures)
+from instructvideo_kit.reward.videoscore import (
+    AROUND,
+    DIMENSIONS,
+    IMAGE,
+    VideoScoreModel,
+    VideoScoreReward,
+    idefics_pictures,
+)
+
+if TYPE_CHECKING: # read where they are used: transformers and diffusers import slowly
+    from transformers import CLIPTokenizer, CLIPVisionModel, Idefics2Config
+    from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
 # %% ../../nbs/menagerie/09_video_judge.ipynb #86611994
 SHAKING = ("flicker", "jitter")
@@ -69,7 +80,8 @@ def marks(
     faults:dict, # name -> strength
 )->list: # five floats, 1 to 4
     "What a careful viewer would say of the clip, from what was done to it."
-    worst = lambda names: max([faults.get(n, 0.) for n in names])
+    def worst(names):
+        return max([faults.get(n, 0.) for n in names])
     still, moves, morph = faults.get("freeze", 0.), scene.motion != "rest", faults.get("morph", 0.)
     wrong = (scene.species != asked.species) + .5 * (scene.place != asked.place) + .5 * (scene.motion != asked.motion)
     alignment = min(1, wrong + .5 * still * (moves and scene.motion == asked.motion) + .5 * morph)
@@ -166,7 +178,8 @@ def borrow_eyes(
     patches = F.conv2d(frames, weight * .5 / std, bias, stride=weight.shape[-1])
     patches = rearrange(patches, "n d h w -> n (h w) d") + old.position_embedding.weight[1:]
     gain = norm.weight / patches.var(-1, correction=0).add(norm.eps).sqrt().mean()
-    fold = lambda w: (w - w.mean(0)) * gain.view(-1, *[1] * (w.ndim - 1)) # (d, ...)
+    def fold(w):
+        return (w - w.mean(0)) * gain.view(-1, *[1] * (w.ndim - 1)) # (d, ...)
     new.patch_embedding.weight.copy_(fold(weight * .5 / std))
     new.patch_embedding.bias.copy_(fold(bias) + norm.bias)
     new.position_embedding.weight.copy_(fold(old.position_embedding.weight[1:].T).T)
@@ -378,7 +391,8 @@ def candidates(
     chosen = scenes(split, n, seed, clean=True)
     strengths = torch.from_numpy(np.stack([rng.permutation(np.linspace(0, 1, each)) for _ in range(n)])).float()
     kinds = [str(rng.choice(faults)) for _ in range(n)]
-    fresh = lambda s, kind, x: replace(s, seed=int(rng.integers(2 ** 31)), defects=((kind, float(x)),))
+    def fresh(s, kind, x):
+        return replace(s, seed=int(rng.integers(2 ** 31)), defects=((kind, float(x)),))
     drawn = [fresh(s, kind, x) for s, kind, row in zip(chosen, kinds, strengths) for x in row]
     clips = rearrange(render(drawn, size=size), "(n k) f c h w -> n k f c h w", k=each)
     return clips, [s.caption for s in chosen], strengths
@@ -410,8 +424,9 @@ def video_judge_accuracy(
             asked = [replace(s, **{field: _other(getattr(s, field), values, rng)}) for s in chosen]
             worse = reward(clean, [s.caption for s in asked])
         else:
-            faulty = lambda c, t, s: spoil(c, t, s, {name: float(rng.uniform(.25, 1))}, torch.arange(16))
-            worse = reward(torch.stack([faulty(c, t, s) for c, t, s in zip(clean, twin, chosen)]), said)
+            faulty = [spoil(c, t, s, {name: float(rng.uniform(.25, 1))}, torch.arange(16))
+                      for c, t, s in zip(clean, twin, chosen)]
+            worse = reward(torch.stack(faulty), said)
         out[name] = (base[:, dim] > worse[:, dim]).float().mean().item()
     return out
 

@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from ..diffusion.sampling import guide
-from ..diffusion.solver import solve
 from ..diffusion.schedule import Schedule
+from ..diffusion.solver import solve
 from ..files import KitError, locate, write_atomic
 from .patch_autoencoder import PatchAutoencoder
 
@@ -499,7 +499,7 @@ def lost_words(
     "What the text encoder does not read of a caption."
     def fits(text): return len(self.tokenizer(text, verbose=False).input_ids) <= self.max_tokens
     if fits(prompt): return ""
-    from instructvideo_kit.video.folder import caption_words # a Chinese or Japanese character counts as a word
+    from instructvideo_kit.video.folder import caption_words  # a Chinese or Japanese character counts as a word
 
     return prompt[max((at for at, _ in caption_words(prompt) if fits(prompt[:at].rstrip())), default=0):]
 
@@ -522,7 +522,8 @@ def embed_one(
     tokens = policy.tokenizer(prompt, padding="max_length", max_length=policy.max_tokens, truncation=True,
                               return_tensors="pt")
     if lost := policy.lost_words(prompt):
-        warnings.warn(f"the text encoder takes {policy.max_words} tokens; of {prompt!r} it loses {lost!r}")
+        warnings.warn(f"the text encoder takes {policy.max_words} tokens; of {prompt!r} it loses {lost!r}",
+                      stacklevel=3) # the caller of embed
     with torch.no_grad():
         return policy.read_text(tokens.input_ids.to(policy.device), tokens.attention_mask.to(policy.device))[0]
 
@@ -643,16 +644,19 @@ def generate(
     image:Tensor=None, # (b, 3, h, w) in [0, 1], for image-to-video policies, instead of prompts
     solver:str="ddim", # or "dpm2m", of second order: fewer steps for the same clip
 )->Tensor: # video (b, f, 3, h, w) in [0, 1]
-    "Full chain (no noise on the way), decoded and clamped. ValueError for another count of noises, or an unknown solver."
+    """Full chain (no noise on the way), decoded and clamped. ValueError for another count of noises, or an unknown
+    solver."""
     n = self.count(prompts, image)
     noise = self.noise(range(n), seed) if noise is None else noise.to(self.device)
     if len(noise) != n: raise ValueError(f"noise for {len(noise)} clips, but {n} prompts: expected as many")
     timesteps, starts, videos = self.schedule.timesteps(n_ddim), range(0, n, batch), []
-    part = lambda condition, i: None if condition is None else condition[i:i + batch]
+    def part(condition, i):
+        return None if condition is None else condition[i:i + batch]
     with tqdm(total=len(starts) * n_ddim, desc="sampling", disable=not progress) as bar:
         for i in starts:
             model = self.denoiser(part(prompts, i), guidance_scale, image=part(image, i))
-            tick = lambda *_: bar.update()
+            def tick(*_):
+                return bar.update()
             z_0 = solve(model, noise[i:i + batch], timesteps, self.schedule, solver, callback=tick)
             videos.append(self.decode(z_0).clamp(0, 1))
     return torch.cat(videos)
@@ -679,7 +683,7 @@ def save_pretrained(
                          "or save_lora(policy, folder) for the adapters alone")
     if self.vae.config.get("shift_factor"):
         warnings.warn(f"the autoencoder has a shift_factor of {self.vae.config.shift_factor}: the kit follows it, "
-                      f"but diffusers' {self.PIPELINE} does not, and will draw other colours")
+                      f"but diffusers' {self.PIPELINE} does not, and will draw other colours", stacklevel=2)
     folder = Path(folder)
     index: dict[str, Any] = {"_class_name": self.PIPELINE, "_diffusers_version": diffusers_version}
     for part in self.PARTS:

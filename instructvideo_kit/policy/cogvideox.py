@@ -76,7 +76,7 @@ class CogVideoXPolicy(CausalVideoPolicy):
         "Cosines and sines of the rotary positions, or None where the transformer has its own."
         config = self.network.config
         if not config.use_rotary_positional_embeddings: return None
-        from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid # late: slow
+        from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid  # late: slow
         h, w = (side // self.multiple for side in self.size)
         crops = get_resize_crop_region_for_grid((h, w), config.sample_width // config.patch_size,
                                                 config.sample_height // config.patch_size)

@@ -17,9 +17,16 @@ from einops import rearrange, repeat
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from ..files import KitError, write_atomic
-from .base import CONFIG, TEXT_WEIGHTS, WEIGHTS
-from .base import VideoPolicy, check_image, pick_frames, read_json
+from ..files import write_atomic
+from instructvideo_kit.policy.base import (
+    CONFIG,
+    TEXT_WEIGHTS,
+    WEIGHTS,
+    VideoPolicy,
+    check_image,
+    pick_frames,
+    read_json,
+)
 
 # %% ../../nbs/policy/06_svd.ipynb #c7ce8411
 class ImageNormalizer:

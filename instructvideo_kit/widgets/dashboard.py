@@ -124,7 +124,8 @@ class TrainingDashboard(Panel):
         try:
             self.policy = self.open_policy()
             self.result = tune(
-                self.algorithm, self.policy, *self.inputs, resume=True, progress=False, stop=self._between_steps, **self.options
+                self.algorithm, self.policy, *self.inputs, resume=True, progress=False, stop=self._between_steps,
+                **self.options
             )
         except Exception as error: # a thread has nobody to raise to
             self.error = f'<span style="color: #b3261e">{" ".join(str(error).split())}</span>'
