@@ -2,16 +2,13 @@
 """What a tuning step costs: ours against "as published", and both against the sum of their parts.
 
     python benchmarks/step.py                        # CPU, small UNet3D + AutoencoderKL + CLIP, about five minutes
-    python benchmarks/step.py --scaling              # how the cost grows with tau, D, F, S, resolution and batch;
-writes a picture
-    python benchmarks/step.py --model modelscope --device cuda --dtype bf16     # ModelScope-sized random weights, 16
-x 256 x 256
+    python benchmarks/step.py --scaling              # how the cost grows with tau, D, F, S, pixels, batch
+    python benchmarks/step.py --model modelscope --device cuda --dtype bf16  # random weights, 16 x 256 x 256
 
 "As published" is what InstructVideo's released code does: two guidance calls one after the other, the last step
-recomputed at two levels, all sixteen
-frames decoded, the reward model's weights with a gradient, adapters beside the weights in every step. Same modules,
-same inputs, runs in turn;
-the table gives medians and ratios, which survive a noisy machine better than seconds do.
+recomputed at two levels, all sixteen frames decoded, the reward model's weights with a gradient, adapters beside the
+weights in every step. Same modules, same inputs, runs in turn; the table gives medians and ratios, which survive a
+noisy machine better than seconds do. --scaling writes a picture too.
 """
 import argparse
 import contextlib

@@ -25,8 +25,8 @@ def square_clip(
     dot = max(1, size // 16)
     sky = torch.tensor([0.70, 0.84, 0.93])
     sand = torch.tensor([0.87, 0.76, 0.57])
-    clip = torch.where(torch.arange(size)[:, None] < size * 3 // 4, sky,
-                       sand)[None, :, None].repeat(n_frames, 1, size, 1)
+    picture = torch.where(torch.arange(size)[:, None] < size * 3 // 4, sky, sand)
+    clip = picture[None, :, None].repeat(n_frames, 1, size, 1)
     left = torch.linspace(1, size - side - 1, n_frames).round().long()
     for frame, x in zip(clip, left if direction > 0 else left.flip(0)):
         frame[size // 2:size // 2 + side, x:x + side] = torch.tensor(color)
@@ -40,8 +40,8 @@ def toy_clips(
     "Three colours times two directions, with captions."
     colors = {'red': (0.86, 0.30, 0.20), 'blue': (0.18, 0.36, 0.72), 'violet': (0.52, 0.25, 0.60)}
     kinds = [(name, word, way) for name in colors for word, way in (('right', 1), ('left', -1))]
-    return [f'{name} walks {word}'
-            for name, word, _ in kinds], torch.stack([square_clip(colors[n], way, **kwargs) for n, _, way in kinds])
+    captions = [f'{name} walks {word}' for name, word, _ in kinds]
+    return captions, torch.stack([square_clip(colors[n], way, **kwargs) for n, _, way in kinds])
 
 def as_video(
     z:Tensor, # toy latents (b, 3, f, h, w) in [-1, 1]
@@ -75,6 +75,6 @@ class ToyDenoiser(nn.Module):
         "Prediction (b, c, f, h, w) of the kind the schedule names."
         alpha_bar_t = self.schedule.at(t)
         mean = torch.einsum('bn,ncfhw->bcfhw', self.posterior(z_t, t), self.clips)
-        x0 = mean + alpha_bar_t ** 0.5 * self.spread ** 2 / self.variance(alpha_bar_t) * (z_t
-                                                                                          - alpha_bar_t ** 0.5 * mean)
+        share = alpha_bar_t ** 0.5 * self.spread ** 2 / self.variance(alpha_bar_t)
+        x0 = mean + share * (z_t - alpha_bar_t ** 0.5 * mean)
         return from_x0(x0, z_t, alpha_bar_t, self.schedule.prediction_type)

@@ -3,15 +3,14 @@
 hpsv2 cannot live in the kit's environment (it pins protobuf<4 and pytest==7.2.0, and wants torchvision), so make one
 to throw away:
 
-    pip install torch torchvision numpy pillow ftfy regex clint tqdm transformers huggingface_hub && pip install
---no-deps hpsv2==1.2.0
-    cp .../open_clip/bpe_simple_vocab_16e6.txt.gz .../hpsv2/src/open_clip/    # from open_clip_torch; the wheel of
-hpsv2 lacks it
+    pip install torch torchvision numpy pillow ftfy regex clint tqdm transformers huggingface_hub
+    pip install --no-deps hpsv2==1.2.0
+    cp .../open_clip/bpe_simple_vocab_16e6.txt.gz .../hpsv2/src/open_clip/    # from open_clip_torch; hpsv2 lacks it
     python tests/golden/make_hpsv2_towers.py
 
 The recorded file was made with the versions it names; torchvision's compiled operators (boxes, which nobody calls
-here) were left out.
-Weights and pictures come from numpy's RandomState, whose numbers are frozen, so nothing but scores has to be kept.
+here) were left out. Weights and pictures come from numpy's RandomState, whose numbers are frozen, so nothing but
+scores has to be kept.
 """
 import gzip
 import hashlib
@@ -118,8 +117,8 @@ def hpsv2_scores():
 if __name__ == "__main__":
     from importlib.metadata import version
 
-    import hpsv2
-    import torchvision
+    import hpsv2  # noqa: F401 without it there is nothing to record
+    import torchvision  # noqa: F401 hpsv2 needs it
     made_with = {name: version(name) for name in ("hpsv2", "torch", "torchvision", "numpy", "pillow")}
     record = dict(made_with=made_with, seed=SEED, weights_sha256=fingerprint(weights()), captions=CAPTIONS,
                   shapes=SHAPES, scores=hpsv2_scores())
