@@ -111,8 +111,9 @@ def test_noise_only_in_the_window_and_never_in_the_last_step(folder):
     with pytest.raises(ValueError, match=r"window is \(3, 5\)"): draw((3, 5), 0)
 
 
-@pytest.mark.parametrize("sde", ["", "ddim", "flow_grpo", "dance_grpo", "cps"])
-@pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "sample", "flow_prediction"])
+@pytest.mark.parametrize("kind, sde", [
+    ("v_prediction", ""), ("epsilon", ""), ("sample", ""), ("v_prediction", "cps"),
+    ("flow_prediction", ""), ("flow_prediction", "dance_grpo"), ("flow_prediction", "ddim")])
 def test_ratio_is_one_before_the_first_update(folder, kind, sde):
     policy = open_policy(folder, .1)
     policy.schedule = Schedule.rectified() if kind == "flow_prediction" else Schedule.modelscope(kind)
