@@ -83,7 +83,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--algorithm", default="grpo")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sign", type=int, choices=(1, -1), default=1, help="-1: darker clips are rewarded, the control")
+    parser.add_argument("--sign", type=int, choices=(1, -1), default=1, help="-1: darker is better, the control")
     parser.add_argument("--steps", type=int, default=24, help="optimiser steps")
     parser.add_argument("--out", type=Path, help="run folder; one that is there is gone on with")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the config")

@@ -10,13 +10,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from instructvideo_kit.diffusion import stochastic
 from instructvideo_kit.diffusion.sampling import ddim_step, step_pairs, to_x0_eps
 from instructvideo_kit.diffusion.schedule import Schedule, corrupt
 from instructvideo_kit.files import KitError, shipped
 from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.policy.lora import add_lora, lora_parameters, lora_state
 from instructvideo_kit.reward.segvr import segment_frames
-from instructvideo_kit.tuning import adapters, ddpo, dpo, draft, online_dpo, refl, rollouts, rwr
+from instructvideo_kit.tuning import adapters, ddpo, dpo, draft, grpo, online_dpo, refl, rollouts, rwr
 from instructvideo_kit.tuning.algorithm import find, tune
 from instructvideo_kit.tuning.config import HEADER, load_preset
 from instructvideo_kit.tuning.ddpo import advantages, ddim_gaussian, ddpo_loss, flow_gaussian, log_probability
@@ -38,6 +39,7 @@ ALGORITHMS = {
     "refl": ("refl", refl.ReflConfig(**DRAWN, clamp="straight", grad_accum=1, stop_from=1, stop_to=2)),
     "rwr": ("rwr", rwr.RWRConfig(**DRAWN, n_samples=2, epochs=2, inverse_temperature=5.)),
     "ddpo": ("ddpo", ddpo.DDPOConfig(**DRAWN, min_count=2, timestep_fraction=.7)),
+    "grpo": ("grpo", grpo.GRPOConfig(**DRAWN, group_size=2, updates_per_round=2, window=1, beta=.1)),
     "dpo": ("dpo", dpo.DPOConfig(**DRAWN, n_candidates=2)),
     "onlinevpo": ("onlinevpo", online_dpo.OnlineDPOConfig(**DRAWN, n_candidates=2, ref_update_every=2)),
 }
@@ -380,7 +382,7 @@ def test_cost_is_what_is_counted(folder, name):
 def test_ddpo_on_a_flow_model_takes_the_sde(folder, monkeypatch):
     policy, seen = open_policy(folder), []
     policy.schedule = Schedule.rectified()
-    monkeypatch.setattr(ddpo, "flow_gaussian", lambda *a: (seen.append(1), flow_gaussian(*a))[1])
+    monkeypatch.setitem(stochastic.GAUSSIANS, "flow_grpo", lambda *a: (seen.append(1), flow_gaussian(*a))[1])
     add_lora(policy, 2)
     g, (row,) = gradient_of(policy, ddpo.DDPO, redness, ALGORITHMS["ddpo"][1])
     assert seen and g.isfinite().all() and g.norm() > 0 and row["ratio_off"] < 1e-4
@@ -543,7 +545,7 @@ def test_pairs_from_edits_are_near_the_clip_and_near_one_another(folder, tmp_pat
 def never(*args): raise AssertionError
 
 
-@pytest.mark.parametrize("name", ["rwr", "ddpo", "dpo", "onlinevpo"])
+@pytest.mark.parametrize("name", ["rwr", "ddpo", "grpo", "dpo", "onlinevpo"])
 def test_rewards_of_a_wrong_shape_or_nan_stop_with_one_line(folder, tmp_path, name):
     algorithm, config = ALGORITHMS[name]
     for i, (reward, says) in enumerate([(lambda f, p: torch.zeros(len(f), 7, 2), r"returned the shape \(\d, 7, 2\)"),
@@ -617,7 +619,7 @@ def test_bad_captions_are_refused_before_a_folder_is_made(folder, tmp_path, data
 
 # ---- presets -------------------------------------------------------------------------------------------------------
 
-PRESETS = ["draft", "vader", "refl", "rwr", "ddpo", "dpo", "onlinevpo", "nft"]
+PRESETS = ["draft", "vader", "refl", "rwr", "ddpo", "grpo", "dpo", "onlinevpo", "nft"]
 
 
 @pytest.mark.parametrize("name", [f"{name}{twin}" for name in PRESETS for twin in ("", "_menagerie")])

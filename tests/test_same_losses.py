@@ -16,6 +16,7 @@ from instructvideo_kit.tuning.algorithm import tune
 from instructvideo_kit.tuning.ddpo import DDPOConfig
 from instructvideo_kit.tuning.dpo import DPOConfig
 from instructvideo_kit.tuning.draft import DraftConfig
+from instructvideo_kit.tuning.grpo import GRPOConfig
 from instructvideo_kit.tuning.instructvideo import InstructVideoConfig
 from instructvideo_kit.tuning.online_dpo import OnlineDPOConfig
 from instructvideo_kit.tuning.refl import ReflConfig
@@ -44,6 +45,8 @@ RUNS = { # name of the run -> (algorithm, config, what it tunes on)
     "rwr_clips": ("rwr", RWRConfig(**RUN, source="clips", weights="linear"), "clips"),
     "ddpo": ("ddpo", DDPOConfig(**DRAWN, min_count=2, timestep_fraction=.7), "captions"),
     "ddpo_sf": ("ddpo", DDPOConfig(**DRAWN, estimator="sf", updates_per_round=1, grad_accum=2, eta=.5), "captions"),
+    "grpo": ("grpo", GRPOConfig(**DRAWN | dict(batch=4, n_ddim=4), group_size=2, window=2, beta=.1, updates_per_round=2),
+             "captions"),
     "dpo": ("dpo", DPOConfig(**DRAWN, n_candidates=3, timesteps_per_pair=2), "captions"),
     "dpo_pairs": ("dpo", DPOConfig(**RUN), "pairs"),
     "onlinevpo": ("onlinevpo", OnlineDPOConfig(**DRAWN, n_candidates=2, ref_update_every=2, timesteps_per_pair=2),

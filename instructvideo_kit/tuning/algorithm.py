@@ -88,7 +88,8 @@ class Algorithm:
         eps = draw_noise(policy.latent_shape, generators).to(policy.device)
         z = torch.stack([self.real_latents(i) for i in rows]).to(eps)
         z_t, target = data_target(z, eps, policy.schedule.at(t), policy.schedule.prediction_type)
-        with self.accelerator.autocast(): prediction = policy.predict(z_t, t, *policy.conditions(self.captions_of(rows))[0])
+        text, _ = policy.conditions(self.captions_of(rows))
+        with self.accelerator.autocast(): prediction = policy.predict(z_t, t, *text)
         loss = data_term(prediction, target).mean()
         self.accelerator.backward(config.data_term*loss)
         return {"data_loss": loss.detach()}

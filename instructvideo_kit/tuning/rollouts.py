@@ -100,7 +100,8 @@ def clip_scores(
     got = tuple(scores.shape)
     need(got in expected, f"the reward returned the shape {got} for {b} clips of {s} frames, expected {wanted}")
     if several: scores = pick_dimension(scores, dimension)
-    need(weights is None or scores.ndim == 2, "lam_tar weighs frames, but the reward is one number per clip; set it to 0")
+    need(weights is None or scores.ndim == 2,
+         "lam_tar weighs frames, but the reward is one number per clip; set it to 0")
     scores = segmental_reward(scores, weights) if scores.ndim == 2 else scores
     bad = (~scores.isfinite()).nonzero().flatten().tolist()
     if bad: need(False, f'the reward is {scores[bad[0]]:g} for "{prompts[bad[0]]}", expected a finite number; '
