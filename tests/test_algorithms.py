@@ -513,7 +513,8 @@ def test_held_pairs_are_measured_and_never_trained_on(folder, tmp_path):
     step.step(positions_of(0, 0, 0, 1, config))
     assert torch.equal(one, torch.cat([p.grad.flatten() for p in lora_parameters(policy)]))
     with pytest.raises(KitError, match="nothing would be left"):
-        tune("dpo", open_policy(folder), redness, PROMPTS, replace(config, held_pairs=3), tmp_path/"all", progress=False)
+        tune("dpo", open_policy(folder), redness, PROMPTS, replace(config, held_pairs=3), tmp_path/"all",
+             progress=False)
 
 
 @pytest.mark.parametrize("name", ["dpo", "onlinevpo"])

@@ -88,8 +88,10 @@ def decodes(policy, config, algorithm, reward, where):
     return sum(count), result.rows()
 
 
-@pytest.mark.parametrize("algorithm, config", [("refl", REFL), ("draft", DraftConfig(**DRAWN, clamp="straight")), (
-    "vader", DraftConfig(**DRAWN, clamp="straight", truncation="random", n_segments=2))], ids=["refl", "draft", "vader"])
+@pytest.mark.parametrize("algorithm, config", [
+    ("refl", REFL), ("draft", DraftConfig(**DRAWN, clamp="straight")),
+    ("vader", DraftConfig(**DRAWN, clamp="straight", truncation="random", n_segments=2))],
+    ids=["refl", "draft", "vader"])
 def test_gradient_methods_decode_nothing(home, judge, tmp_path, algorithm, config):
     pixels, _ = decodes(open_policy(home/"policy"), config, algorithm, judge, tmp_path/"pixels")
     latent, rows = decodes(open_policy(home/"policy"), config, algorithm, student_of(judge), tmp_path/"latent")

@@ -12,7 +12,7 @@ from instructvideo_kit.diffusion.schedule import corrupt
 from instructvideo_kit.files import KitError
 from instructvideo_kit.policy.lora import add_lora, lora_parameters, lora_state
 from instructvideo_kit.tuning import nft
-from instructvideo_kit.tuning.adapters import put_back, reference, refresh, snapshot
+from instructvideo_kit.tuning.adapters import reference, refresh, snapshot
 from instructvideo_kit.tuning.algorithm import cost_table, find, tune
 from instructvideo_kit.tuning.config import algorithms
 from instructvideo_kit.tuning.nft import NFT, NFTConfig, draw_with, guesses, nft_loss

@@ -39,7 +39,7 @@ def latent_frames(
 
 # %% ../../nbs/reward/06_latent.ipynb #061a0010
 class LatentReward(nn.Module):
-    "Judge of latents: (latent frames (b, s, c, h, w), prompts) -> (b, s), in the units of the judge it was distilled from."
+    "Judge of latents: (latent frames (b, s, c, h, w), prompts) -> (b, s), in the units of the judge that taught it."
     reads_latents = True
     def __init__(self,
         judge:Any, # image judge with image_features and text_features, such as ClipReward
@@ -115,7 +115,8 @@ def make_lesson(
     batch:int=8, # clips at a time
 )->dict: # prompts, latents (n, f, c, h, w), features (n, f, d), scores (n, f)
     "What the image judge says of each latent frame of each clip; ValueError for another number of captions."
-    if len(prompts) != len(latents): raise ValueError(f"{len(prompts)} captions for {len(latents)} clips; expected as many")
+    if len(prompts) != len(latents):
+        raise ValueError(f"{len(prompts)} captions for {len(latents)} clips; expected as many")
     f, features, scores = latents.shape[2], [], []
     middle = ((torch.arange(f)*2 + 1)*policy.n_frames//(2*f))[None] # the clip's frame in the middle of each latent one
     for i in range(0, len(latents), batch):

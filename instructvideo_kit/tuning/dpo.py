@@ -105,7 +105,8 @@ def edited_candidates(
         part, free = z_t[i:i + at_once], lambda: merging(policy, config)
         edits.append(solve(model, part, times, policy.schedule, free=free))
     scores = judge(policy, reward, torch.cat(edits), words, config)
-    return {"prompts": list(prompts), "z": torch.cat(edits).unflatten(0, (-1, n)), "reward": scores.unflatten(0, (-1, n))}
+    z, scores = torch.cat(edits).unflatten(0, (-1, n)), scores.unflatten(0, (-1, n))
+    return {"prompts": list(prompts), "z": z, "reward": scores}
 
 # %% ../../nbs/tuning/27_dpo.ipynb #8217a2da
 @dataclass

@@ -97,7 +97,8 @@ def guesses(
 )->tuple: # (x0_hat with a gradient, x0_hat_old, prediction with a gradient, the base model's or None): like z_t
     "What the policy, the old policy and the base model make of the same noisy clips."
     model, schedule = policy.denoiser(prompts, config.loss_guidance, config.batched_cfg), policy.schedule
-    def guess(prediction): return to_x0_eps(prediction.float(), z_t.float(), schedule.at(t), schedule.prediction_type)[0]
+    kind = schedule.prediction_type
+    def guess(prediction): return to_x0_eps(prediction.float(), z_t.float(), schedule.at(t), kind)[0]
     with torch.no_grad():
         with reference(policy, "old"): old = guess(model(z_t, t))
         base = None
