@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from instructvideo_kit.tuning.config import algorithms
+from instructvideo_kit.video import write_video
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -34,6 +36,8 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("toy")
     tiny_pipeline(home/"policy", prediction_type="v_prediction", vae="patch")
     tiny_reward(home/"reward")
+    for name in "ab": write_video(home/f"clips/{name}.mp4", torch.rand(10, 3, 24, 32))
+    (home/"clips/metadata.csv").write_text("file_name,text\na.mp4,a red cat\nb.mp4,the blue dog runs\n")
     (home/"toy_module.py").write_text((HERE/"toy_algorithm.py").read_text())
     (home/"presets").mkdir()
     (home/"presets/toy_first.yaml").write_text(PRESET.format(home=home, module="toy_module"))
@@ -62,7 +66,7 @@ MAIN = "from instructvideo_kit.cli import main; main()"
 
 
 def test_tune_takes_it_and_the_register_knows_its_cost(home):
-    kit(home, "-c", MAIN, "tune", "--algorithm", "toy", "--data", "menagerie", "--out", home/"run")
+    kit(home, "-c", MAIN, "tune", "--algorithm", "toy", "--data", home/"clips", "--out", home/"run")
     rows = [json.loads(line) for line in (home/"run/log.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["kind"] == "step"]
     assert [row["step"] for row in rows] == [1, 2] and all("reward" in row for row in rows)
