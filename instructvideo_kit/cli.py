@@ -239,7 +239,7 @@ def _train(part, out, steps, picture_steps, seed, start=None, vae=None):
         return train_policy(out, seed=seed, **{k: v for k, v in chosen.items() if v is not None})
     if part == "autoencoder":
         from instructvideo_kit.menagerie.autoencoder import train_autoencoder
-        train_autoencoder(out, **given).half().save_pretrained(out/part)
+        train_autoencoder(out, **given, start=start).half().save_pretrained(out/part)
         return out/part
     if part == "i2v":
         from instructvideo_kit.menagerie.image_to_video import train_image_to_video
@@ -264,7 +264,7 @@ def train(
     picture_steps: Annotated[int | None, typer.Option(
         min=0, help="Policy: steps of its first phase, on pictures.")] = None,
     start: Annotated[str | None, typer.Option(
-        help="Policy, i2v: go on from this pipeline directory or shipped policy.")] = None,
+        help="Go on from this pipeline directory or shipped policy (autoencoder: from its folder).")] = None,
     vae: Annotated[Path | None, typer.Option(help="Policy: folder of a finished autoencoder.")] = None,
     seed: Seed = 0,
     ship: Annotated[bool, typer.Option("--ship", help="Put the result in place of the shipped weights.")] = False,

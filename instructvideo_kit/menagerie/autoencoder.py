@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'new_autoencoder', 'tracks', 'presence', 'Frames', 'picture_loss', 'wrong_by', 'unit_scale',
-           'autoencoder_loss', 'train_autoencoder', 'scaled', 'refine_decoder', 'psnr', 'reconstruction']
+           'autoencoder_loss', 'open_autoencoder', 'train_autoencoder', 'scaled', 'refine_decoder', 'psnr',
+           'reconstruction']
 
 # %% ../../nbs/menagerie/07_autoencoder.ipynb #9c1ea0a8
 from pathlib import Path
@@ -137,6 +138,16 @@ def autoencoder_loss(
     with fast_autocast(): small = vae.decode(F.avg_pool2d(z + wrong, 2)).sample.float()
     return loss + .5 * picture_loss(small, F.avg_pool2d(x, 2))
 
+# %% ../../nbs/menagerie/07_autoencoder.ipynb #1e6390bd
+def open_autoencoder(
+    folder, # of `save_pretrained`
+)->"AutoencoderKL": # float32, in training, its latents as the encoder gives them
+    "A finished autoencoder, to go on with."
+    from diffusers import AutoencoderKL
+    vae = AutoencoderKL.from_pretrained(folder).float().train().requires_grad_(True)
+    vae.register_to_config(scaling_factor=1.)
+    return vae
+
 # %% ../../nbs/menagerie/07_autoencoder.ipynb #0b453cc0
 def train_autoencoder(
     folder, # of the run
@@ -144,10 +155,11 @@ def train_autoencoder(
     channels:int=8, # of the latents
     batch:int=8, # pictures a step
     seed:int=0,
+    start=None, # folder of an autoencoder to go on from instead of fresh weights
 )->"AutoencoderKL": # with scaling_factor set so that its latents have unit standard deviation
     "Train encoder and decoder (resumable; some hours of one core)."
     torch.manual_seed(seed)
-    vae = new_autoencoder(channels)
+    vae = open_autoencoder(start) if start else new_autoencoder(channels)
     run = Run(folder, {"vae": vae}, steps, peak=1e-3, ema=.998)
     frames = Frames(20000, 4000, seed=seed + run.resume())
     def loss_of(step):
