@@ -128,13 +128,16 @@ def picture(shown, name):
 
 READY = """() => {
     const panel = window.jupyterapp?.shell.currentWidget, kernel = panel?.sessionContext?.session?.kernel;
-    return Boolean(panel?.content?.model && kernel?.connectionStatus === 'connected' && ['idle', 'unknown'].includes(kernel.status));
+    const connected = kernel?.connectionStatus === 'connected';
+    return Boolean(panel?.content?.model && connected && ['idle', 'unknown'].includes(kernel.status));
 }"""
 RUN_ALL = """() => {
     window.kitRun = null;
-    window.jupyterapp.commands.execute('notebook:run-all-cells').then(ok => window.kitRun = {ok}, error => window.kitRun = {error: String(error)});
+    window.jupyterapp.commands.execute('notebook:run-all-cells').then(
+        ok => window.kitRun = {ok}, error => window.kitRun = {error: String(error)});
 }"""
-ERRORS = """() => window.jupyterapp.shell.currentWidget.content.widgets.flatMap(cell => cell.model.outputs?.toJSON() ?? [])
+ERRORS = """() => window.jupyterapp.shell.currentWidget.content.widgets
+    .flatMap(cell => cell.model.outputs?.toJSON() ?? [])
     .filter(output => output.output_type === 'error').map(output => output.ename + ': ' + output.evalue)"""
 
 def open_notebook(page, url):

@@ -9,7 +9,7 @@ import os
 import nbformat
 import numpy as np
 import pytest
-from browser import jupyter_lab, missing, open_notebook, page, picture, run_all, until, voila
+from browser import jupyter_lab, missing, open_notebook, page, picture, run_all, until, voila  # noqa: F401 (page is a fixture)
 from PIL import Image
 
 from instructvideo_kit.interactive.session import EditSession
@@ -222,7 +222,7 @@ def test_session_file_leaves_and_comes_back(fresh, folder, tmp_path):
 
 def test_touch_paints(fresh, folder):
     "A finger: the browser's own touch events, as a tablet sends them."
-    page, session = fresh, None
+    page = fresh
     wire = page.context.new_cdp_session(page)
     def touch(kind, *points):
         wire.send("Input.dispatchTouchEvent",

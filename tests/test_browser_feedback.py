@@ -1,12 +1,11 @@
 """Votes in JupyterLab, by keyboard: ten pairs, one taken back, the page loaded anew, gone on, trained, best and
 worst looked at; and by touch, and in Voila."""
 import importlib.util
-import json
 
 import nbformat
 import pytest
 import torch
-from browser import jupyter_lab, missing, open_notebook, page, picture, run_all, until, voila
+from browser import jupyter_lab, missing, open_notebook, page, picture, run_all, until, voila  # noqa: F401 (page is a fixture)
 
 from instructvideo_kit.feedback.pool import make_pool
 from instructvideo_kit.feedback.votes import read_votes
@@ -40,7 +39,7 @@ def press(page, *keys):
     for key in keys:
         number = voting(page).get_attribute("data-number")
         page.keyboard.press(key)
-        until(lambda: voting(page).get_attribute("data-number") != number, f"the answer to {key}")
+        until(lambda number=number: voting(page).get_attribute("data-number") != number, f"the answer to {key}")
 
 def shown(page, address):
     "The page with the clips on it, and the keyboard at the voting."

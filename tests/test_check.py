@@ -327,14 +327,14 @@ def test_a_large_wrong_answer_is_shown_at_its_first_wrong_place(capsys):
     assert "at [0, 0, 0, 0, 0], expected" in capsys.readouterr().out
 
 def test_unknown_check_is_named():
-    with pytest.raises(AttributeError, match="no check 'tarr'"): check.tarr
+    with pytest.raises(AttributeError, match="no check 'tarr'"): _ = check.tarr
 
 @pytest.mark.parametrize("tutorial", QUIZZES)
 def test_quiz(tutorial, capsys):
     questions = QUIZZES[tutorial]
     assert quiz(tutorial, *(q.right for q in questions)) == 3 and capsys.readouterr().out.count("right: ") == 3
     assert (
-        quiz(tutorial, *(next(l for l in q.said if l != q.right) for q in questions)) == 0
+        quiz(tutorial, *(next(said for said in q.said if said != q.right) for q in questions)) == 0
         and capsys.readouterr().out.count("no: ") == 3
     )
     assert (

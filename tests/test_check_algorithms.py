@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from instructvideo_kit.check import algorithms as check
 
 
-def dpo_by_hand(w, l, rw, rl, beta):
-    return sum(float((1 + torch.exp(beta/2*((a - c) - (b - d)))).log()) for a, b, c, d in zip(w, l, rw, rl))/len(w)
+def dpo_by_hand(w, lo, rw, rl, beta):
+    return sum(float((1 + torch.exp(beta/2*((a - c) - (b - d)))).log()) for a, b, c, d in zip(w, lo, rw, rl))/len(w)
 
 RIGHT = {
     "reward_loss": [
@@ -32,7 +32,7 @@ RIGHT = {
         lambda s: torch.stack([s.topk(1, 1).indices[:, 0], (-s).topk(1, 1).indices[:, 0]], 1),
         lambda s: s.argsort(1)[:, [-1, 0]],
     ],
-    "dpo_loss": [dpo_by_hand, lambda w, l, rw, rl, b: F.softplus(b / 2 * ((w - rw) - (l - rl))).mean()],
+    "dpo_loss": [dpo_by_hand, lambda w, lo, rw, rl, b: F.softplus(b / 2 * ((w - rw) - (lo - rl))).mean()],
     "drawing_share": [lambda n, d, c: 1 / (1 + 6 / (n * d * c))],
     "blend": [lambda e, x, lam: torch.lerp(x, e, lam)],
     "masked_lam": [lambda lam, m: torch.lerp(torch.ones_like(m), torch.full_like(m, lam), m)],
@@ -82,9 +82,9 @@ WRONG = {  # as a learner would write it, and words of the verdict
         (lambda s: (s.argmax(1), s.argmin(1)), "other shape"),
     ],
     "dpo_loss": [
-        (lambda w, l, rw, rl, b: -F.logsigmoid(-b / 2 * (w - l)).mean(), "reference is missing"),
-        (lambda w, l, rw, rl, b: F.softplus(-b / 2 * ((w - rw) - (l - rl))).mean(), "sign"),
-        (lambda w, l, rw, rl, b: F.softplus(b * ((w - rw) - (l - rl))).mean(), "beta / 2"),
+        (lambda w, lo, rw, rl, b: -F.logsigmoid(-b / 2 * (w - lo)).mean(), "reference is missing"),
+        (lambda w, lo, rw, rl, b: F.softplus(-b / 2 * ((w - rw) - (lo - rl))).mean(), "sign"),
+        (lambda w, lo, rw, rl, b: F.softplus(b * ((w - rw) - (lo - rl))).mean(), "beta / 2"),
     ],
     "drawing_share": [
         (lambda n, d, c: n * d / (n * d + 6), "times c"),

@@ -17,8 +17,8 @@ from instructvideo_kit.policy.lora import add_lora, lora_parameters
 from instructvideo_kit.tuning.algorithm import cost_table, find, tune
 from instructvideo_kit.tuning.ddpo import DDPO, DDPOConfig
 from instructvideo_kit.tuning.distance import BaseDistance
-from instructvideo_kit.tuning.draft import DraftConfig
 from instructvideo_kit.tuning.dpo import DPOConfig
+from instructvideo_kit.tuning.draft import DraftConfig
 from instructvideo_kit.tuning.grpo import GRPO, GRPOConfig, training_weights
 from instructvideo_kit.tuning.process import make_accelerator
 from instructvideo_kit.tuning.rollouts import SampledConfig, judge

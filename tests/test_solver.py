@@ -52,7 +52,7 @@ def test_ten_steps_are_as_good_as_twenty_on_clips():
     start, schedule = noise(4, *clips.shape[1:], seed=3, dtype=torch.float64), Schedule.modelscope("v_prediction")
     for spread in (.08, .3):
         model = ToyDenoiser(clips, schedule, spread).double()
-        def end(solver, n): return solve(model, start, schedule.timesteps(n), schedule, solver)
+        def end(solver, n, model=model): return solve(model, start, schedule.timesteps(n), schedule, solver)
         exact = end("dpm2m", 500)
         errors = [(end(solver, n) - exact).square().mean() for solver, n in (("dpm2m", 10), ("ddim", 20))]
         assert errors[0] <= errors[1]

@@ -248,7 +248,7 @@ def test_gradient_of_the_log_probability_by_finite_differences():
     net, schedule = Net(torch.float64), Schedule.modelscope("v_prediction")
     drawn = stochastic_chain(net, noise(2, 4, 3, 6, 6), schedule.timesteps(6), schedule, own(2))
     for i in (0, 4):
-        def total(): return replay(net, drawn, i, schedule)[0].sum()
+        def total(i=i): return replay(net, drawn, i, schedule)[0].sum()
         gradient = torch.autograd.grad(total(), net.a)[0]
         for k in range(2):
             values = []

@@ -571,7 +571,8 @@ def test_parquet(make, monkeypatch):
     folder = make([])
     (folder/"metadata.csv").unlink()
     (folder/"metadata.parquet").write_bytes(b"PAR1 no table PAR1")
-    try: from pyarrow import Table, parquet
+    try:
+        from pyarrow import Table, parquet
     except ImportError:
         with pytest.raises(
             KitError, match="metadata.parquet is read with pyarrow, which is not installed; pip install pyarrow"

@@ -41,7 +41,7 @@ def losses(result): return [r["loss"] for r in result.rows()]
 # ---- moving average ------------------------------------------------------------------------------------------------
 
 def test_the_result_is_the_average_of_the_steps_weights(patch_folder, tmp_path):
-    policy, seen = open_policy(patch_folder), []
+    policy = open_policy(patch_folder)
     config = replace(CONFIG, ema_decay=.5, save_every=1)
     result = tune(policy, redness, some_clips(policy), config, tmp_path/"run", progress=False)
     steps = [load_file(p/LORA) for p in RunFolder(tmp_path/"run").checkpoints()]
@@ -210,7 +210,7 @@ def test_wandb_is_offline_and_inside_the_run_folder_unless_told_otherwise(patch_
         name = "wandb"
         def log(self, values, step=None, **kwargs): told.append((step, values))
         def finish(self): told.append("finished")
-    def init_trackers(self, name, config=None, init_kwargs={}):
+    def init_trackers(self, name, config=None, init_kwargs=None):
         calls.append((name, config, init_kwargs))
         self.trackers = [Tracker()]
     monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda log_with,
