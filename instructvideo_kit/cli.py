@@ -319,7 +319,7 @@ def reproduce(
         help="Id of a claim such as iv-fig5a-draft; iv, ov or in for a paper; or all.")] = "all",
     preset: Annotated[str, typer.Option(
         help="menagerie; or modelscope, which prints what to run on a GPU.")] = "menagerie",
-    seeds: Annotated[int, typer.Option(help="Tuning seeds of each run; a verdict takes two.")] = 2,
+    seeds: Annotated[int, typer.Option(help="Tuning seeds of each run; a verdict takes five.")] = 5,
     quick: Annotated[bool, typer.Option(
         "--quick", help="Judge the results that are there, and run two small checks: minutes.")] = False,
     shard: Annotated[str, typer.Option(help="The part of the runs this process takes, such as 1/4.")] = "1/1",

@@ -128,13 +128,13 @@ def picture(shown, name):
 
 READY = """() => {
     const panel = window.jupyterapp?.shell.currentWidget, kernel = panel?.sessionContext?.session?.kernel;
-    const ready = kernel?.connectionStatus === 'connected' && ['idle', 'unknown'].includes(kernel.status);
-    return Boolean(panel?.content?.model && ready);
+    const connected = kernel?.connectionStatus === 'connected';
+    return Boolean(panel?.content?.model && connected && ['idle', 'unknown'].includes(kernel.status));
 }"""
 RUN_ALL = """() => {
     window.kitRun = null;
-    window.jupyterapp.commands.execute('notebook:run-all-cells')
-        .then(ok => window.kitRun = {ok}, error => window.kitRun = {error: String(error)});
+    window.jupyterapp.commands.execute('notebook:run-all-cells').then(
+        ok => window.kitRun = {ok}, error => window.kitRun = {error: String(error)});
 }"""
 ERRORS = """() => window.jupyterapp.shell.currentWidget.content.widgets
     .flatMap(cell => cell.model.outputs?.toJSON() ?? [])

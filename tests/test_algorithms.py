@@ -56,7 +56,8 @@ def folder(tmp_path_factory):
 
 def open_policy(path):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore"); policy = VideoPolicy.from_pretrained(path)
+        warnings.simplefilter("ignore")
+        policy = VideoPolicy.from_pretrained(path)
     generator = torch.Generator().manual_seed(1)
     for name, p in policy.unet.named_parameters(): # diffusers starts these at zero, which would hide the time
         if "temp_conv" in name and "conv4" in name: p.data = .1*torch.randn(p.shape, generator=generator)
@@ -95,7 +96,7 @@ def test_ddpo_loss_by_hand():
 def test_ddpo_gradient_is_that_of_finite_differences_and_zero_where_clipped():
     x, A = torch.tensor([-.3, .02, .04, .3], dtype=torch.float64, requires_grad=True), torch.tensor([-1., 2., -3., 7.],
         dtype=torch.float64)
-    f = lambda x: ddpo_loss(x, torch.zeros_like(x), A, clip=.1)
+    def f(x): return ddpo_loss(x, torch.zeros_like(x), A, clip=.1)
     g = torch.autograd.grad(f(x), x)[0]
     assert torch.allclose(g, slopes(f, x.detach()), atol=1e-8)
     assert g[0] == 0 and g[3] == 0 and g[1] < 0 < g[2]
@@ -126,9 +127,10 @@ def test_losses_refuse_what_they_cannot_take(call, says):
 
 
 def test_dpo_loss_by_hand():
-    w, l, rw, rl = (torch.tensor(x, dtype=torch.float64) for x in ([.10, .30], [.20, .20], [.10, .25], [.18, .21]))
+    errors = ([.10, .30], [.20, .20], [.10, .25], [.18, .21])
+    chosen, rejected, ref_chosen, ref_rejected = (torch.tensor(x, dtype=torch.float64) for x in errors)
     # margins .02 - 0 = .02 and -.01 - .05 = -.06; beta 50: arguments .5 and -1.5
-    loss, info = diffusion_dpo_loss(w, l, rw, rl, 50.)
+    loss, info = diffusion_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 50.)
     assert loss.item() == pytest.approx((math.log1p(math.exp(-.5)) + math.log1p(math.exp(1.5)))/2)
     assert info["implicit_accuracy"] == .5 and info["margin"].item() == pytest.approx(-.02)
     assert info["gap_w"].item() == pytest.approx(.025) and info["gap_l"].item() == pytest.approx(.005)
@@ -137,7 +139,7 @@ def test_dpo_loss_by_hand():
 def test_dpo_gradient_and_limits():
     errors = [torch.rand(4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     for i in range(4):
-        f = lambda x: diffusion_dpo_loss(*[x if j == i else e for j, e in enumerate(errors)], 20.)[0]
+        def f(x, i=i): return diffusion_dpo_loss(*errors[:i], x, *errors[i + 1:], 20.)[0]
         x = errors[i].clone().requires_grad_()
         assert torch.allclose(torch.autograd.grad(f(x), x)[0], slopes(f, errors[i]), atol=1e-7)
     w = errors[0].clone().requires_grad_()
@@ -250,10 +252,12 @@ def test_error_is_measured_in_what_the_network_predicts(schedule):
 
 
 def test_prediction_error_of_a_perfect_network_is_zero():
-    for schedule in (Schedule.modelscope(), Schedule.modelscope("v_prediction"), Schedule.rectified(), Schedule.modelscope("sample")):
+    kinds = ("epsilon", "v_prediction", "sample")
+    for schedule in (*(Schedule.modelscope(kind) for kind in kinds), Schedule.rectified()):
         z, eps = torch.randn(1, 1, 1, 2, 2), torch.randn(1, 1, 1, 2, 2)
         a, s = schedule.at(400)**.5, (1 - schedule.at(400))**.5
-        answer = {"epsilon": eps, "v_prediction": a*eps - s*z, "flow_prediction": eps - z, "sample": z}[schedule.prediction_type]
+        answers = {"epsilon": eps, "v_prediction": a*eps - s*z, "flow_prediction": eps - z, "sample": z}
+        answer = answers[schedule.prediction_type]
         assert rollouts.prediction_errors(Constant(schedule, answer), z, eps, torch.tensor([400]), [""]).item() < 1e-8
 
 
@@ -280,7 +284,9 @@ def by_autograd(policy, config, k):
 def test_draft_k_is_the_truncated_gradient_and_k_equal_d_the_full_one(folder):
     found = {}
     for k in (1, 2, 3):
-        policy = open_policy(folder); add_lora(policy, 2); awake(policy)
+        policy = open_policy(folder)
+        add_lora(policy, 2)
+        awake(policy)
         config = draft.DraftConfig(**{**DRAWN, "guidance_scale": 3.}, clamp="straight", grad_steps=k)
         found[k], _ = gradient_of(policy, draft.Draft, redness, config)
         plain = by_autograd(policy, config, k)
@@ -292,7 +298,9 @@ def test_draft_k_is_the_truncated_gradient_and_k_equal_d_the_full_one(folder):
 def test_recomputing_changes_no_gradient_not_even_with_dropout(folder, kind):
     gradients = []
     for options in ({}, {kind: True}):
-        policy = open_policy(folder); add_lora(policy, 2); awake(policy)
+        policy = open_policy(folder)
+        add_lora(policy, 2)
+        awake(policy)
         torch.manual_seed(0)
         gradients.append(gradient_of(policy, draft.Draft, redness,
                                      draft.DraftConfig(**DRAWN, clamp="straight", grad_steps=2, dropout=True,
@@ -306,7 +314,9 @@ def test_refl_at_the_last_step_is_draft_1_times_its_scale(folder):
     for Algorithm, config in ((draft.Draft, draft.DraftConfig(**DRAWN, clamp="straight", grad_steps=1)),
                               (refl.Refl, refl.ReflConfig(**DRAWN, clamp="straight", grad_accum=1, stop_from=2,
                                                           stop_to=2))):
-        policy = open_policy(folder); add_lora(policy, 2); awake(policy)
+        policy = open_policy(folder)
+        add_lora(policy, 2)
+        awake(policy)
         # only then the end of the chain is the predicted clip
         policy.schedule = replace(policy.schedule, final_alpha_bar=1.)
         gradients.append(gradient_of(policy, Algorithm, redness, config)[0])
@@ -314,7 +324,8 @@ def test_refl_at_the_last_step_is_draft_1_times_its_scale(folder):
 
 
 def test_refl_hears_only_clips_below_the_margin(folder):
-    policy = open_policy(folder); add_lora(policy, 2)
+    policy = open_policy(folder)
+    add_lora(policy, 2)
     config = refl.ReflConfig(**DRAWN, grad_accum=1, stop_from=1, stop_to=2, margin=-5.)
     g, (row,) = gradient_of(policy, refl.Refl, redness, config)
     assert g.norm() == 0 and row["loss"] == 0
@@ -325,15 +336,18 @@ def test_micro_batches_give_the_gradient_of_the_batch(folder, name):
     algorithm, config = ALGORITHMS[name]
     Algorithm = find(algorithm)
     # the cat's candidates are all 0
-    some_equal = lambda frames, prompts: redness(frames,
-                                                 prompts)*torch.tensor([[float("cat" not in p)] for p in prompts])
+    def some_equal(frames, prompts):
+        return redness(frames, prompts)*torch.tensor([[float("cat" not in p)] for p in prompts])
     gradients, skipped = [], []
     for accum in (1, 3):
-        policy = open_policy(folder); add_lora(policy, 2); awake(policy)
+        policy = open_policy(folder)
+        add_lora(policy, 2)
+        awake(policy)
         g, rows = gradient_of(policy, Algorithm, some_equal,
                               replace(config, batch=3, grad_accum=accum, timestep_fraction=1.) if name == "ddpo" else
                               replace(config, batch=3, grad_accum=accum, **({"n_samples": 3} if name == "rwr" else {})))
-        gradients.append(g); skipped.append(sum(r.get("skipped", 0) for r in rows)/accum)
+        gradients.append(g)
+        skipped.append(sum(r.get("skipped", 0) for r in rows)/accum)
     assert gradients[0].norm() > 0 and (gradients[0] - gradients[1]).norm() < 1e-3*gradients[0].norm()
     if name == "onlinevpo": assert skipped == [1, 1]
 
@@ -346,8 +360,8 @@ def figures(rows): return [{k: v for k, v in r.items() if k not in ("seconds", "
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(folder, tmp_path, name):
     algorithm, config = ALGORITHMS[name]
-    run = lambda where, **options: tune(algorithm, open_policy(folder), redness, PROMPTS, config, tmp_path/where,
-                                        progress=False, **options)
+    def run(where, **options):
+        return tune(algorithm, open_policy(folder), redness, PROMPTS, config, tmp_path/where, progress=False, **options)
     straight = run("straight")
     run("halves", stop_after=3) # in the middle of a round
     halves = run("halves", resume=True)
@@ -391,16 +405,21 @@ def test_ddpo_on_a_flow_model_takes_the_sde(folder, monkeypatch):
 def test_score_function_equals_importance_sampling_in_the_first_update(folder):
     gradients = []
     for options in (dict(estimator="sf", updates_per_round=1), dict(estimator="is", updates_per_round=1, clip=.01)):
-        policy = open_policy(folder); add_lora(policy, 2); awake(policy)
+        policy = open_policy(folder)
+        add_lora(policy, 2)
+        awake(policy)
         gradients.append(gradient_of(policy, ddpo.DDPO, redness, replace(ALGORITHMS["ddpo"][1], **options))[0])
     assert gradients[0].norm() > 0 and (gradients[0] - gradients[1]).norm() < 1e-3*gradients[0].norm()
 
 
 def test_candidates_do_not_depend_on_batching_or_merging(folder):
-    policy = open_policy(folder); add_lora(policy, 2); awake(policy)
+    policy = open_policy(folder)
+    add_lora(policy, 2)
+    awake(policy)
     config = replace(ALGORITHMS["onlinevpo"][1], n_candidates=3)
-    draw = lambda **options: candidates(policy, redness, PROMPTS, [example_generator(0, p) for p in range(3)],
-                                        replace(config, **options))
+    def draw(**options):
+        generators = [example_generator(0, p) for p in range(3)]
+        return candidates(policy, redness, PROMPTS, generators, replace(config, **options))
     table, again = draw(samples_at_once=16), draw(samples_at_once=1, merge_lora=False)
     z, scores, one, alone = table["z"], table["reward"], again["z"], again["reward"]
     assert z.shape[:2] == (3, 3) and torch.allclose(z, one, atol=1e-4) and torch.allclose(scores, alone, atol=1e-5)
@@ -425,7 +444,7 @@ def watch(folder, run_dir, K, steps=7):
 
 def test_the_reference_changes_exactly_at_multiples_of_k(folder, tmp_path):
     _, seen, rows = watch(folder, tmp_path/"run", 3)
-    same = lambda a, b: all(torch.equal(a[k], b[k]) for k in a)
+    def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
     # until 3 updates are done it is the base model
     assert [seen[s][1] is None for s in range(8)] == [True]*4 + [False]*4
     for step in (4, 5, 6): assert same(seen[step][1], seen[3][0]) # used in updates 4, 5, 6: the learner after 3
@@ -481,18 +500,22 @@ def test_a_word_when_both_errors_grow_and_only_once():
     with pytest.warns(UserWarning, match="worse at both"):
         for _ in range(4): watch({"gap_w": .01, "gap_l": .02})
     with warnings.catch_warnings():
-        warnings.simplefilter("error"); watch({"gap_w": .01, "gap_l": .02})
+        warnings.simplefilter("error")
+        watch({"gap_w": .01, "gap_l": .02})
 
 
 @pytest.mark.parametrize("n", [2, 4, 6])
 def test_swapped_labels_train_on_the_worse_clip(folder, n):
     "The update with swapped labels is that of a judge with the opposite opinion, and is measured against the judge."
     config, gradients, rows = replace(ALGORITHMS["onlinevpo"][1], n_candidates=n), [], []
-    opposite = lambda frames, prompts: -redness(frames, prompts)
+    def opposite(frames, prompts): return -redness(frames, prompts)
     for reward, labels in ((redness, "swapped"), (opposite, "judge")):
-        policy = open_policy(folder); add_lora(policy, 2); awake(policy)
+        policy = open_policy(folder)
+        add_lora(policy, 2)
+        awake(policy)
         g, (row,) = gradient_of(policy, online_dpo.OnlineDPO, reward, replace(config, labels=labels))
-        gradients.append(g); rows.append(row)
+        gradients.append(g)
+        rows.append(row)
     assert gradients[0].norm() > 0 and torch.allclose(*gradients)
     assert rows[0]["implicit_accuracy"] == rows[1]["implicit_accuracy"] == rows[1]["fresh_accuracy"]
     assert rows[0]["fresh_accuracy"] == 1 - rows[1]["fresh_accuracy"]
@@ -503,7 +526,9 @@ def test_held_pairs_are_measured_and_never_trained_on(folder, tmp_path):
     rows = tune("dpo", open_policy(folder), redness, PROMPTS, config, tmp_path/"held", progress=False).rows()
     assert [r["pairs"] for r in rows] == [2]*3 and rows[0]["held_accuracy"] == .5
     assert all(0 <= r["held_accuracy"] <= 1 for r in rows)
-    policy = open_policy(folder); add_lora(policy, 2); awake(policy)
+    policy = open_policy(folder)
+    add_lora(policy, 2)
+    awake(policy)
     step = dpo.DPO(policy, redness, PROMPTS, config, make_accelerator(config, "cpu"))
     step.step(positions_of(0, 0, 0, 1, config))
     one = torch.cat([p.grad.flatten() for p in lora_parameters(policy)])
@@ -529,10 +554,10 @@ def test_pairs_from_edits_are_near_the_clip_and_near_one_another(folder, tmp_pat
     z = policy.encode(frames)
     edits = step.propose([0, 1, 2], PROMPTS, generators)["z"]
     drawn = candidates(policy, redness, PROMPTS, [example_generator(0, i) for i in range(3)], config)["z"]
-    spread = lambda c: (c[:, 0] - c[:, 1]).square().mean()
+    def spread(c): return (c[:, 0] - c[:, 1]).square().mean()
     assert edits.shape == drawn.shape and 0 < spread(edits) < spread(drawn)
     # the tiny network is random: what is kept is the share of the clip in the first noisy latents
-    alike = lambda c: torch.corrcoef(torch.stack([c[:, 0].flatten(), z.flatten()]))[0, 1]
+    def alike(c): return torch.corrcoef(torch.stack([c[:, 0].flatten(), z.flatten()]))[0, 1]
     assert alike(edits) > alike(drawn) + .1
     assert find(name).needs(config) == "clips"
     with pytest.raises(KitError, match="captions alone were given"):

@@ -9,7 +9,7 @@ import os
 import nbformat
 import numpy as np
 import pytest
-from browser import jupyter_lab, missing, open_notebook, page, picture, run_all, until, voila  # noqa: F401
+from browser import jupyter_lab, missing, open_notebook, page, picture, run_all, until, voila  # noqa: F401 (page is a fixture)
 from PIL import Image
 
 from instructvideo_kit.interactive.session import EditSession

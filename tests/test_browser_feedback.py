@@ -5,7 +5,7 @@ import importlib.util
 import nbformat
 import pytest
 import torch
-from browser import jupyter_lab, missing, open_notebook, page, picture, run_all, until, voila  # noqa: F401
+from browser import jupyter_lab, missing, open_notebook, page, picture, run_all, until, voila  # noqa: F401 (page is a fixture)
 
 from instructvideo_kit.feedback.pool import make_pool
 from instructvideo_kit.feedback.votes import read_votes

@@ -8,7 +8,7 @@ import shutil
 import time
 
 import pytest
-from browser import ROOT, jupyter_lab, missing, open_notebook, page, picture, run_all, until  # noqa: F401
+from browser import ROOT, jupyter_lab, missing, open_notebook, page, picture, run_all, until  # noqa: F401 (page is a fixture)
 
 if reason := missing(): pytest.skip(reason, allow_module_level=True)
 # add a name here: tutorials/<name>.ipynb

@@ -334,7 +334,7 @@ def test_quiz(tutorial, capsys):
     questions = QUIZZES[tutorial]
     assert quiz(tutorial, *(q.right for q in questions)) == 3 and capsys.readouterr().out.count("right: ") == 3
     assert (
-        quiz(tutorial, *(next(letter for letter in q.said if letter != q.right) for q in questions)) == 0
+        quiz(tutorial, *(next(said for said in q.said if said != q.right) for q in questions)) == 0
         and capsys.readouterr().out.count("no: ") == 3
     )
     assert (

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from instructvideo_kit.check import algorithms as check
 
 
-def dpo_by_hand(w, lost, rw, rl, beta):
-    return sum(float((1 + torch.exp(beta/2*((a - c) - (b - d)))).log()) for a, b, c, d in zip(w, lost, rw, rl))/len(w)
+def dpo_by_hand(w, lo, rw, rl, beta):
+    return sum(float((1 + torch.exp(beta/2*((a - c) - (b - d)))).log()) for a, b, c, d in zip(w, lo, rw, rl))/len(w)
 
 RIGHT = {
     "reward_loss": [

@@ -10,7 +10,18 @@ from tiny import tiny_pipeline, tiny_reward
 from instructvideo_kit.files import KitError
 from instructvideo_kit.measure import claims, execute, runs
 from instructvideo_kit.measure.claims import (
-    HOLDS, NEEDS, NOT_RUN, REFUTED, UNDECIDED, Contrast, Filed, Measurement, all_claims, decide, read_contrasts)
+    HOLDS,
+    NEEDS,
+    NOT_RUN,
+    REFUTED,
+    UNDECIDED,
+    Contrast,
+    Filed,
+    Measurement,
+    all_claims,
+    decide,
+    read_contrasts,
+)
 from instructvideo_kit.measure.curves import best_checkpoint
 from instructvideo_kit.measure.results import Result, Results, facts_of, result_path
 from instructvideo_kit.measure.runs import Point, Run, Split, all_runs, steps_of, trains

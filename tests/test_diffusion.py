@@ -254,7 +254,8 @@ def test_sensitivity_is_the_derivative_of_the_step(kind, final):
     schedule, steps = Schedule(scaled_linear(), kind, final), ddim_timesteps(20)
     for (t, t_prev), s in zip(step_pairs(steps), step_sensitivity(steps, schedule)):
         z, p = noise(2, 3).unbind(0)
-        J = torch.autograd.functional.jacobian(lambda p, z=z, at=(t, t_prev): ddim_step(z, p, *at, schedule), p)
+        def step(p, z=z, t=t, t_prev=t_prev): return ddim_step(z, p, t, t_prev, schedule)
+        J = torch.autograd.functional.jacobian(step, p)
         assert torch.allclose(J, s * torch.eye(3, dtype=torch.float64), atol=1e-12)
 
 def test_last_step_is_about_fifteen_times_less_sensitive():

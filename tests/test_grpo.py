@@ -17,13 +17,13 @@ from instructvideo_kit.policy.lora import add_lora, lora_parameters
 from instructvideo_kit.tuning.algorithm import cost_table, find, tune
 from instructvideo_kit.tuning.ddpo import DDPO, DDPOConfig
 from instructvideo_kit.tuning.distance import BaseDistance
-from instructvideo_kit.tuning.draft import DraftConfig
 from instructvideo_kit.tuning.dpo import DPOConfig
+from instructvideo_kit.tuning.draft import DraftConfig
 from instructvideo_kit.tuning.grpo import GRPO, GRPOConfig, training_weights
 from instructvideo_kit.tuning.process import make_accelerator
 from instructvideo_kit.tuning.rollouts import SampledConfig, judge
-from instructvideo_kit.tuning.stream import PURPOSES, clip_order, example_generator, positions_of
-from instructvideo_kit.tuning.trajectories import Trajectories, TrajectoryConfig, roll_out, window_of
+from instructvideo_kit.tuning.stream import PURPOSES, example_generator, positions_of
+from instructvideo_kit.tuning.trajectories import TrajectoryConfig, roll_out, window_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_pipeline  # noqa: E402
@@ -42,7 +42,8 @@ def folder(tmp_path_factory):
 
 def open_policy(path, awake=None):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore"); policy = VideoPolicy.from_pretrained(path)
+        warnings.simplefilter("ignore")
+        policy = VideoPolicy.from_pretrained(path)
     if awake is None: return policy
     add_lora(policy, 2)
     for i, p in enumerate(lora_parameters(policy)): # a LoRA that does something, if awake is above 0
@@ -96,7 +97,7 @@ def test_start_noise_is_shared_when_asked(folder):
         clips = algorithm.clips_at(range(4))
         starts[shared] = clips["z_t"][:, 0]
         assert not torch.equal(clips["z_next"][0, 0], clips["z_next"][1, 0]) # the steps' noise is never shared
-    same = lambda z, i, j: torch.equal(z[i], z[j])
+    def same(z, i, j): return torch.equal(z[i], z[j])
     assert same(starts[True], 0, 1) and same(starts[True], 2, 3) and not same(starts[True], 1, 2)
     assert not any(same(starts[False], i, j) for i in range(4) for j in range(i))
 
@@ -106,7 +107,8 @@ def test_start_noise_is_shared_when_asked(folder):
 def test_noise_only_in_the_window_and_never_in_the_last_step(folder):
     policy = open_policy(folder, 0)
     config = TrajectoryConfig(n_ddim=5, guidance_scale=1., batch=1)
-    draw = lambda window, seed: roll_out(policy, PROMPTS[:1], [torch.Generator().manual_seed(seed)], config, window)
+    def draw(window, seed):
+        return roll_out(policy, PROMPTS[:1], [torch.Generator().manual_seed(seed)], config, window)
     assert draw(None, 0)["step"].tolist() == [[0, 1, 2, 3]] and draw((1, 3), 0)["step"].tolist() == [[1, 2]]
     with pytest.raises(ValueError, match=r"window is \(3, 5\)"): draw((3, 5), 0)
 
@@ -134,8 +136,8 @@ def test_ddpo_is_on_policy_too_and_leaves_the_last_step(folder):
 
 def test_micro_batches_give_the_gradient_of_the_batch(folder):
     "Also where the clips that count are spread unevenly."
-    no_cat = lambda prompts: torch.tensor([[float("cat" not in p)] for p in prompts])
-    some_equal = lambda frames, prompts: redness(frames, prompts)*no_cat(prompts)
+    def some_equal(frames, prompts):
+        return redness(frames, prompts)*torch.tensor([[float("cat" not in p)] for p in prompts])
     found = []
     for accum in (1, 3):
         policy = open_policy(folder, .1)
@@ -201,8 +203,8 @@ def figures(rows): return [{k: v for k, v in r.items() if k not in ("seconds", "
 
 def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path):
     config = GRPOConfig(**SMALL, window=2, beta=.1, updates_per_round=2)
-    run = lambda where, **options: tune("grpo", open_policy(folder), redness, PROMPTS, config, tmp_path/where,
-                                        progress=False, **options)
+    def run(where, **options):
+        return tune("grpo", open_policy(folder), redness, PROMPTS, config, tmp_path/where, progress=False, **options)
     straight = run("straight")
     run("halves", stop_after=3) # in the middle of a round
     assert figures(run("halves", resume=True).rows()) == figures(straight.rows())
@@ -212,17 +214,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path):
 def test_cost_is_what_is_counted(folder):
     for options in (dict(), dict(beta=.1), dict(window=1), dict(best=1, worst=1, group_size=4)):
         config, policy, calls = GRPOConfig(**SMALL | dict(guidance_scale=3.) | options), open_policy(folder, 0), []
-        policy.network.register_forward_hook(
-            lambda m, args, out: calls.append(len(args[0])*(2 if torch.is_grad_enabled() else 1)))
+        def count(m, args, out, calls=calls): calls.append(len(args[0])*(2 if torch.is_grad_enabled() else 1))
+        policy.network.register_forward_hook(count)
         made(policy, config).step(range(4))
         assert sum(calls) == GRPO.step_cost(config)*config.batch, options
 
 
 def test_constant_rewards_stop_the_run_in_words_also_after_a_pause(folder, tmp_path):
-    flat = lambda frames, prompts: torch.zeros(len(frames))
+    def flat(frames, prompts): return torch.zeros(len(frames))
     config = GRPOConfig(**SMALL | dict(steps=9), flat_rounds=3)
-    run = lambda **options: tune("grpo", open_policy(folder), flat, PROMPTS, config, tmp_path/"run", progress=False,
-                                 **options)
+    def run(**options):
+        return tune("grpo", open_policy(folder), flat, PROMPTS, config, tmp_path/"run", progress=False, **options)
     rows = run(stop_after=2).rows()
     assert [r["left_out"] for r in rows] == [1, 1] and all(r["grad_norm"] == 0 for r in rows)
     with pytest.raises(KitError, match="in 3 rounds in a row") as error: run(resume=True)
@@ -256,14 +258,14 @@ def test_the_data_term_is_a_switch_of_any_algorithm(folder, tmp_path):
     policy = open_policy(folder)
     clips = [(torch.rand(policy.n_frames, 3, *policy.size), p) for p in PROMPTS]
     config = GRPOConfig(**SMALL | dict(steps=2), data_term=.1)
-    run = lambda data, name, config=config: tune("grpo", open_policy(folder), redness, data, config, tmp_path/name,
-                                                 progress=False)
+    def run(data, name, config=config):
+        return tune("grpo", open_policy(folder), redness, data, config, tmp_path/name, progress=False)
     assert all(row["data_loss"] > 0 for row in run(clips, "with").rows())
     assert all("data_loss" not in row for row in run(PROMPTS, "without", replace(config, data_term=0.)).rows())
     with pytest.raises(KitError, match="captions alone were given"): run(PROMPTS, "none")
     draft = DraftConfig(n_ddim=3, batch=2, rank=2, steps=1, data_term=.1)
-    done = tune("draft", open_policy(folder), redness, clips, draft, tmp_path/"draft", progress=False)
-    assert done.rows()[0]["data_loss"] > 0
+    drafted = tune("draft", open_policy(folder), redness, clips, draft, tmp_path/"draft", progress=False)
+    assert drafted.rows()[0]["data_loss"] > 0
     with pytest.raises(KitError, match="takes pairs"): find("dpo").wants(DPOConfig(data_term=.1))
 
 
@@ -271,7 +273,7 @@ def test_tar_weighs_the_frames_of_the_sampled_methods(folder):
     policy = open_policy(folder)
     z = torch.randn(2, *policy.latent_shape)
     said = {}
-    ramp = lambda frames, prompts: torch.arange(frames.shape[1]).float().expand(len(frames), -1)
+    def ramp(frames, prompts): return torch.arange(frames.shape[1]).float().expand(len(frames), -1)
     for lam in (0., 1.):
         said[lam] = judge(policy, ramp, z, PROMPTS[:2], SampledConfig(n_segments=0, lam_tar=lam))
     F = policy.n_frames

@@ -82,7 +82,8 @@ def decodes(policy, config, algorithm, reward, where):
     "How many frames a run decodes."
     count, decode = [], policy.vae.decode
     def counting(z, *args, **kwargs):
-        count.append(len(z)); return decode(z, *args, **kwargs)
+        count.append(len(z))
+        return decode(z, *args, **kwargs)
     policy.vae.decode = counting
     result = tune(algorithm, policy, reward, PROMPTS, config, where, progress=False)
     return sum(count), result.rows()
@@ -90,8 +91,8 @@ def decodes(policy, config, algorithm, reward, where):
 
 @pytest.mark.parametrize("algorithm, config", [
     ("refl", REFL), ("draft", DraftConfig(**DRAWN, clamp="straight")),
-    ("vader", DraftConfig(**DRAWN, clamp="straight", truncation="random", n_segments=2))],
-    ids=["refl", "draft", "vader"])
+    ("vader", DraftConfig(**DRAWN, clamp="straight", truncation="random", n_segments=2)),
+], ids=["refl", "draft", "vader"])
 def test_gradient_methods_decode_nothing(home, judge, tmp_path, algorithm, config):
     pixels, _ = decodes(open_policy(home/"policy"), config, algorithm, judge, tmp_path/"pixels")
     latent, rows = decodes(open_policy(home/"policy"), config, algorithm, student_of(judge), tmp_path/"latent")

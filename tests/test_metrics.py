@@ -2,15 +2,27 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from instructvideo_kit.files import KitError
-from instructvideo_kit.measure.evaluate import Evaluation, compare, evaluate, judge_videos, prompt_groups, prompt_noise
 from instructvideo_kit.measure import metrics
 from instructvideo_kit.measure.curves import (
-    Curve, best_checkpoint, difference_at_equal, gain_at_equal, read_at, tuning_reward)
+    Curve,
+    best_checkpoint,
+    difference_at_equal,
+    gain_at_equal,
+    read_at,
+    tuning_reward,
+)
+from instructvideo_kit.measure.evaluate import Evaluation, compare, evaluate, judge_videos, prompt_groups, prompt_noise
 from instructvideo_kit.measure.metrics import (
-    frechet_distance, paired_bootstrap, rank_metrics, seed_bootstrap, temporal_flicker)
+    frechet_distance,
+    paired_bootstrap,
+    rank_metrics,
+    seed_bootstrap,
+    temporal_flicker,
+)
 
 
 def test_flicker_on_hand_made_numbers():
@@ -55,9 +67,11 @@ def test_bootstrap_averages_seeds_within_a_prompt():
 
 
 def test_bootstrap_is_repeatable_and_odd():
-    rng = np.random.default_rng(0); a, b = rng.normal(size=30), rng.normal(size=30)
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=30), rng.normal(size=30)
     assert paired_bootstrap(a, b) == paired_bootstrap(a, b)
-    mean, low, high = paired_bootstrap(a, b); back = paired_bootstrap(b, a)
+    mean, low, high = paired_bootstrap(a, b)
+    back = paired_bootstrap(b, a)
     assert back == pytest.approx((-mean, -high, -low), abs=1e-12)
 
 
@@ -174,7 +188,8 @@ def test_frechet_between_diagonal_gaussians():
 
 
 def test_frechet_is_symmetric_and_survives_singular_covariances():
-    rng = np.random.default_rng(0); a, b = rng.normal(size=(6, 40)), rng.normal(size=(9, 40)) * 3
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(6, 40)), rng.normal(size=(9, 40)) * 3
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(np.zeros((4, 5)), np.ones((4, 5))) == pytest.approx(5)
@@ -188,8 +203,10 @@ def test_ranks_with_ties():
 
 
 def test_mrr_lies_where_its_recalls_allow():
-    scores = torch.rand(500, 8, generator=torch.Generator().manual_seed(0)); best = torch.zeros(500, dtype=torch.long)
-    m = rank_metrics(scores, best, ks=range(1, 9)); steps = [m[f"recall@{k}"] for k in range(1, 9)]
+    scores = torch.rand(500, 8, generator=torch.Generator().manual_seed(0))
+    best = torch.zeros(500, dtype=torch.long)
+    m = rank_metrics(scores, best, ks=range(1, 9))
+    steps = [m[f"recall@{k}"] for k in range(1, 9)]
     assert m["mrr"] == pytest.approx(sum((b - a)/k for k, (a, b) in enumerate(zip([0, *steps], steps), 1)))
 
 
@@ -200,7 +217,9 @@ class Painter:
         return noise.mean((1, 3, 4))[:, :, None, None, None].sigmoid().expand(-1, -1, 3, 4, 4)
 
 
-brightness = lambda frames, prompts: frames.mean((-1, -2, -3))
+def brightness(frames, prompts): return frames.mean((-1, -2, -3))
+
+
 PROMPTS = {"in": ["a cat", "a dog", "a fish"], "new": ["a snail"]}
 
 
@@ -214,7 +233,8 @@ def test_videos_depend_on_prompt_and_seed_alone():
 
 
 def test_reward_is_taken_on_first_frames_of_segments():
-    videos = torch.zeros(1, 8, 3, 2, 2); videos[:, [0, 2, 4, 6]] = 1
+    videos = torch.zeros(1, 8, 3, 2, 2)
+    videos[:, [0, 2, 4, 6]] = 1
     assert judge_videos(videos, ["a cat"], brightness, n_segments=4)["reward"] == [1.]
     assert judge_videos(videos.flip(1), ["a cat"], brightness, n_segments=4)["reward"] == [0.]
 
@@ -237,7 +257,8 @@ def test_comparison_by_hand_and_missing_figures():
 def test_evaluation_survives_a_file(tmp_path):
     def nothing(videos, prompts): return {"nothing": torch.full((len(videos),), torch.nan)}
     found = evaluate(Painter(), brightness, PROMPTS, progress=False, oracle=nothing, label="x")
-    found.save(tmp_path/"e.json"); again = Evaluation.load(tmp_path/"e.json")
+    found.save(tmp_path/"e.json")
+    again = Evaluation.load(tmp_path/"e.json")
     assert again.rows == found.rows and again.label == "x"
     assert found.rows[0]["nothing"] is None and "nothing" not in found.means()
     found.save(tmp_path/"e.csv")
@@ -283,7 +304,9 @@ def test_vbench_reductions_equal_the_published_loops(seed, n_frames):
 
 def test_smoothness_uses_the_interpolator_it_is_given_and_drops_an_odd_last_frame():
     clip, seen = torch.rand(1, 6, 3, 4, 4), []
-    def guess(a, b): seen.append((a, b)); return a
+    def guess(a, b):
+        seen.append((a, b))
+        return a
     expected = 1 - ((clip[0, [0, 2]] - clip[0, [1, 3]]).abs().mean()) # frames 1 and 3; frame 5 has no right neighbour
     assert metrics.motion_smoothness(clip, guess).item() == pytest.approx(expected.item(), abs=1e-6)
     assert torch.equal(seen[0][1], clip[0, [2, 4]])
@@ -313,5 +336,5 @@ def test_alignment_by_hand_and_its_bad_input():
     assert found.item() == pytest.approx(250 * (.6 + .8) / 2, rel=1e-6)
     calls = [(metrics.alignment, (features, torch.rand(2, 2))), (metrics.consistency, (torch.rand(1, 1, 4),)),
              (metrics.motion_smoothness, (torch.rand(1, 2, 3, 4, 4),)), (metrics.dynamic_degree, (torch.rand(2, 3),))]
-    for function, given in calls:
-        with pytest.raises(ValueError): function(*given)
+    for function, arguments in calls:
+        with pytest.raises(ValueError): function(*arguments)

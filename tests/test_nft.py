@@ -49,7 +49,9 @@ def test_it_is_registered_and_gives_its_loss_a_second_home():
 
 
 def test_at_the_old_policy_the_gradient_is_that_of_advantage_weighted_matching(folder):
-    policy = open_policy(folder); add_lora(policy, 2); awake(policy)
+    policy = open_policy(folder)
+    add_lora(policy, 2)
+    awake(policy)
     refresh(policy, "old")
     x0, A = torch.randn(3, *policy.latent_shape), torch.tensor([2., -.7, -6.])
     z_t = corrupt(x0, torch.randn_like(x0), policy.schedule.at(600))
@@ -63,7 +65,9 @@ def test_at_the_old_policy_the_gradient_is_that_of_advantage_weighted_matching(f
 
 
 def test_away_from_it_the_two_part_and_the_value_tells_nothing(folder):
-    policy = open_policy(folder); add_lora(policy, 2); awake(policy)
+    policy = open_policy(folder)
+    add_lora(policy, 2)
+    awake(policy)
     refresh(policy, "old")
     x0, A = torch.randn(3, *policy.latent_shape), torch.tensor([2., -.7, -1.3])
     z_t = corrupt(x0, torch.randn_like(x0), policy.schedule.at(600))
@@ -80,7 +84,9 @@ def test_away_from_it_the_two_part_and_the_value_tells_nothing(folder):
 
 
 def test_the_reference_term_alone_has_a_gradient(folder):
-    policy = open_policy(folder); add_lora(policy, 2); awake(policy)
+    policy = open_policy(folder)
+    add_lora(policy, 2)
+    awake(policy)
     refresh(policy, "old")
     z_t = torch.randn(2, *policy.latent_shape)
     _, _, prediction, base = guesses(policy, z_t, 600, PROMPTS[:2], replace(SMALL, lam_ref=1.))
@@ -169,7 +175,8 @@ def test_an_old_policy_of_another_run_is_refused(folder, tmp_path):
     def run(where, seed, **options):
         return tune("nft", open_policy(folder), redness, PROMPTS, replace(SMALL, seed=seed), tmp_path/where,
                     progress=False, **options)
-    run("one", 0, stop_after=2); run("two", 1, stop_after=2)
+    run("one", 0, stop_after=2)
+    run("two", 1, stop_after=2)
     last = sorted((tmp_path/"one").rglob("old.json"))[-1].parent
     other = sorted((tmp_path/"two").rglob("old.json"))[-1].parent
     assert set(json.loads((last/"old.json").read_text())) == {"learner", "old"}
@@ -196,7 +203,8 @@ def test_micro_batches_give_the_gradient_of_the_batch(folder):
     gradients = []
     for accum in (1, 2):
         policy, config = open_policy(folder), replace(SMALL, grad_accum=accum, lam_ref=.1)
-        algorithm = made(policy, config); awake(policy)
+        algorithm = made(policy, config)
+        awake(policy)
         for k in range(accum): algorithm.step(positions_of(0, k, 0, 1, config))
         assert algorithm.updates == 1
         gradients.append(torch.cat([p.grad.flatten() for p in lora_parameters(policy)])/accum)
@@ -207,7 +215,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(folder):
 def test_cost_is_what_is_counted(folder, options):
     config, policy, calls = replace(SMALL, **options), open_policy(folder), []
     algorithm = made(policy, config)
-    count = lambda m, args, out: calls.append(len(args[0])*(2 if torch.is_grad_enabled() else 1))  # noqa: E731
+    def count(m, args, out): calls.append(len(args[0])*(2 if torch.is_grad_enabled() else 1))
     policy.network.register_forward_hook(count)
     for n in range(2): algorithm.step(positions_of(n, 0, 0, 1, config))
     assert sum(calls) == NFT.step_cost(config)*config.batch*2
@@ -216,7 +224,7 @@ def test_cost_is_what_is_counted(folder, options):
 def test_it_learns_redness_and_unlearns_it_with_the_sign_swapped(folder, tmp_path):
     ends, config = {}, replace(SMALL, steps=24, batch=12, group_size=6, n_ddim=4, updates_per_round=3, save_every=24)
     for sign in (1, -1):
-        def reward(frames, prompts): return sign*redness(frames, prompts).mean(1)
+        def reward(frames, prompts, sign=sign): return sign*redness(frames, prompts).mean(1)
         rows = tune("nft", open_policy(folder), reward, PROMPTS[:2], config, tmp_path/str(sign), progress=False).rows()
         ends[sign] = sign*rows[-1]["reward"] - sign*rows[0]["reward"]
     assert ends[1] > 0 > ends[-1]

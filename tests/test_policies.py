@@ -150,7 +150,8 @@ def test_sensitivity_of_a_flow_step_is_that_of_autograd():
     steps = schedule.timesteps(5)
     for (t, t_prev), closed in zip(zip(steps.tolist(), [*steps[1:].tolist(), -1]), step_sensitivity(steps, schedule)):
         z, u = torch.randn(2, 3, dtype=torch.float64)
-        jacobian = torch.autograd.functional.jacobian(lambda p, z=z, at=(t, t_prev): ddim_step(z, p, *at, schedule), u)
+        def step(p, z=z, t=t, t_prev=t_prev): return ddim_step(z, p, t, t_prev, schedule)
+        jacobian = torch.autograd.functional.jacobian(step, u)
         torch.testing.assert_close(jacobian, closed * torch.eye(3, dtype=torch.float64))
 
 

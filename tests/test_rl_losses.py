@@ -15,8 +15,17 @@ from instructvideo_kit.tuning.advantage import best_and_worst, flat_groups, grou
 from instructvideo_kit.tuning.data_term import data_target, data_term
 from instructvideo_kit.tuning.ddpo import ddpo_loss
 from instructvideo_kit.tuning.nft_loss import (
-    adaptive_weight, awm_loss, check_deviation, follow, good_probability, nft_loss, old_decay, reference_term)
+    adaptive_weight,
+    awm_loss,
+    check_deviation,
+    follow,
+    good_probability,
+    nft_loss,
+    old_decay,
+    reference_term,
+)
 from instructvideo_kit.tuning.policy_loss import policy_loss
+
 
 def given(**kwargs): return lambda test: settings(deadline=None, max_examples=50)(hypothesis.given(**kwargs)(test))
 
@@ -44,7 +53,8 @@ def test_advantages_are_those_of_plain_python(data, std, eps):
     got = group_advantages(torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups), std, eps)
     assert torch.allclose(got, torch.tensor(in_plain_python(rewards, groups, std, eps), dtype=torch.float64), atol=1e-6)
 
-@given(seed=st.integers(0, 999), std=st.sampled_from(["group", "all"]), shift=st.floats(-50, 50), scale=st.floats(.1, 20))
+@given(seed=st.integers(0, 999), std=st.sampled_from(["group", "all"]), shift=st.floats(-50, 50),
+       scale=st.floats(.1, 20))
 def test_advantages_do_not_see_the_captions_level(seed, std, shift, scale):
     rewards, groups = noise(12, seed=seed), torch.arange(12) % 3
     A = group_advantages(rewards, groups, std, eps=0.)
@@ -71,7 +81,8 @@ def test_deviation_has_no_correction():
 
 @pytest.mark.parametrize("rewards, groups, options, words", [
     ([1., 2., 3.], [0, 0, 1], {}, "1 of 2 groups hold one clip"), ([1.], [0], {}, "hold one clip"),
-    ([], [], {}, "n above 0"), ([1., 2.], [0], {}, r"\(2,\) and \(1,\)"), ([[1., 2.]], [[0, 0]], {}, r"expected \(n,\)"),
+    ([], [], {}, "n above 0"), ([1., 2.], [0], {}, r"\(2,\) and \(1,\)"),
+    ([[1., 2.]], [[0, 0]], {}, r"expected \(n,\)"),
     ([1., math.nan], [0, 0], {}, "reward 1 is nan"), ([1., math.inf], [0, 0], {}, "reward 1 is inf"),
     ([1., 2.], [0., 0.], {}, "whole numbers"), ([1., 2.], [0, 0], {"std": "global"}, "std is 'global'"),
     ([1., 2.], [0, 0], {"eps": -1.}, "eps is -1")])
@@ -97,10 +108,10 @@ def test_best_and_worst(seed, best, worst):
 
 # --- DiffusionNFT ---------------------------------------------------------------------------------------------------
 
-def published(x, old, x0, A, beta, adv_max):
+def published(xs, olds, x0s, A, beta, adv_max):
     "The loss as the published code has it, clip by clip, in plain loops."
     rows = []
-    for x, old, x0, a in zip(x, old, x0, A):
+    for x, old, x0, a in zip(xs, olds, x0s, A):
         q = min(max(float(a) / adv_max / 2 + .5, 0.), 1.)
         plus, minus = beta * x + (1 - beta) * old, (1 + beta) * old - beta * x
         loss = [((p - x0) ** 2 / max(float((p - x0).abs().mean()), 1e-5)).mean() for p in (plus, minus)]
@@ -142,14 +153,15 @@ def test_nft_gradient_by_finite_differences_with_the_weights_held(beta):
     A = torch.tensor([-2., .5, 6.], dtype=torch.float64)
     x.requires_grad_()
     gradient, = torch.autograd.grad(nft_loss(x, old, x0, A, beta)[0], x)
-    mixes = lambda x: (beta * x + (1 - beta) * old, (1 + beta) * old - beta * x)
+    def mixes(x): return beta * x + (1 - beta) * old, (1 + beta) * old - beta * x
     weights = [(m - x0).abs().mean((1, 2)).detach() for m in mixes(x)]
     q = (A / 10 + .5).clamp(0, 1)
     def held(x):
         plus, minus = ((m - x0).square().mean((1, 2)) / w for m, w in zip(mixes(x), weights))
         return 5 * ((q * plus + (1 - q) * minus) / beta).mean()
     for i in ((0, 0, 1), (1, 1, 3), (2, 0, 0)):
-        step = torch.zeros_like(x); step[i] = 1e-6
+        step = torch.zeros_like(x)
+        step[i] = 1e-6
         slope = (held(x.detach() + step) - held(x.detach() - step)) / 2e-6
         assert math.isclose(slope, gradient[i], rel_tol=1e-5, abs_tol=1e-9)
 
@@ -191,16 +203,19 @@ def test_the_old_policys_decay_and_the_deviation_guard():
     for bad in (dict(step=-1), dict(step=0, kind="fast")):
         with pytest.raises(ValueError): old_decay(**bad)
     old, new = [torch.zeros(3)], [torch.ones(3)]
-    follow(old, new, .9); follow(old, new, .9)
+    follow(old, new, .9)
+    follow(old, new, .9)
     assert torch.allclose(old[0], torch.full((3,), .19))
     for bad in (dict(old=old, new=[], decay=.5), dict(old=old, new=new, decay=1.5)):
         with pytest.raises(ValueError): follow(**bad)
-    check_deviation(torch.tensor(0.), 0); check_deviation(torch.tensor(1e-30), 9)
+    check_deviation(torch.tensor(0.), 0)
+    check_deviation(torch.tensor(1e-30), 9)
     with pytest.raises(KitError, match="after 3 updates"): check_deviation(torch.tensor(0.), 3)
 
 def test_the_reference_term_alone_has_a_gradient():
     p, ref = noise(2, 3, 4)
-    p.requires_grad_(); ref.requires_grad_()
+    p.requires_grad_()
+    ref.requires_grad_()
     gradient, of_ref = torch.autograd.grad(reference_term(p, ref), [p, ref], allow_unused=True)
     assert torch.allclose(gradient, 2 * (p - ref).detach() / p.numel()) and of_ref is None
 
@@ -211,7 +226,7 @@ def test_policy_loss_agrees_with_ddpos(seed, clip, adv_max):
     logp, logp_old, A = noise(3, 4, 6, seed=seed)
     logp_old = logp + .1 * logp_old
     grads = []
-    ours = lambda x: policy_loss(x, logp_old, 2 * A, clip, adv_max)[0]
+    def ours(x): return policy_loss(x, logp_old, 2 * A, clip, adv_max)[0]
     for loss in (ours, lambda x: ddpo_loss(x, logp_old, 2 * A, clip, adv_max)):
         x = logp.clone().requires_grad_()
         grads.append((loss(x), torch.autograd.grad(loss(x), x)[0]))
@@ -264,7 +279,8 @@ def test_bad_policy_input_is_refused(change, words):
 def test_data_term_has_its_minimum_and_gradient_at_the_true_answer(kind, alpha_bar, seed):
     x0, eps, off = noise(3, 2, 3, 4, seed=seed)
     z_t, target = data_target(x0, eps, alpha_bar, kind)
-    for got, true in zip(to_x0_eps(target, z_t, alpha_bar, kind), (x0, eps)): assert torch.allclose(got, true, atol=1e-9)
+    for got, true in zip(to_x0_eps(target, z_t, alpha_bar, kind), (x0, eps)):
+        assert torch.allclose(got, true, atol=1e-9)
     answer = (target + off).requires_grad_()
     term = data_term(answer, target)
     assert torch.allclose(term, off.square().mean((1, 2)))

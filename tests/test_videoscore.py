@@ -291,7 +291,8 @@ def test_gradient_against_finite_differences(folder, qwen_folder, family, monkey
     # away from 0 and 1: where bicubic overshoots, the gradient passes straight through
     video = (0.35 + 0.3 * clips(1, 2)).double().requires_grad_()
     for dim in (*DIMENSIONS, "mean"):
-        def f(x, dim=dim): return exact.score(x, CAPTIONS[:1], dim).sum()
+        def f(x, dim=dim):
+            return exact.score(x, CAPTIONS[:1], dim).sum()
         (g,) = torch.autograd.grad(f(video), video)
         d, delta = torch.randn(video.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 1e-5
         with torch.no_grad(): numeric = (f(video + delta * d) - f(video - delta * d)) / (2 * delta)

@@ -21,8 +21,15 @@ import numpy as np
 from ..files import KitError, near
 from .curves import AXES, difference_at_equal, gain_at_equal
 from .data import meaning, need_metric, read_yaml, record
-from .metrics import (
-    detectable, frechet_distance, paired_bootstrap, seed_bootstrap, seed_error, stretched, two_way_error)
+from instructvideo_kit.measure.metrics import (
+    detectable,
+    frechet_distance,
+    paired_bootstrap,
+    seed_bootstrap,
+    seed_error,
+    stretched,
+    two_way_error,
+)
 from .results import Results, curve_of_seed
 from .runs import Point, all_runs, steps_of, trains
 from ..menagerie.captions import GROUPS

@@ -6,7 +6,11 @@
 __all__ = ['KEYS', 'prompt_noise', 'Evaluation', 'prompt_groups', 'judge_videos', 'evaluate', 'Comparison', 'compare']
 
 # %% ../../nbs/measure/01_evaluate.ipynb #c9412c8a
-import csv, hashlib, html, io, json
+import csv
+import hashlib
+import html
+import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product

@@ -8,7 +8,8 @@ __all__ = ['N_FEATURES', 'DTYPES', 'PACE', 'drawn_clips', 'Metrics', 'run_folder
            'plan_text', 'run_all']
 
 # %% ../../nbs/measure/09_execute.ipynb #e8ec0004
-import json, time
+import json
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,24 @@ import torch
 from .. import __version__
 from ..files import KitError, atomic
 from .evaluate import KEYS, Evaluation, evaluate, judge_videos, prompt_groups
-from .metrics import (
-    consistency, dynamic_degree, flow_magnitude, motion_smoothness, rank_metrics)
-from .results import (
-    Result, facts_of, key_of, result_path, rounded, state_of, training_facts, weights_hash)
-from .runs import Run, Split, compute, config_of, precision_of, trains, tune_run, wants_clips
+from instructvideo_kit.measure.metrics import (
+    consistency,
+    dynamic_degree,
+    flow_magnitude,
+    motion_smoothness,
+    rank_metrics,
+)
+from instructvideo_kit.measure.results import (
+    Result,
+    facts_of,
+    key_of,
+    result_path,
+    rounded,
+    state_of,
+    training_facts,
+    weights_hash,
+)
+from .runs import Run, Split, compute, config_of, precision_of, tune_run, wants_clips
 from ..menagerie.captions import scenes
 from ..menagerie.defects import DEFECTS, render
 from ..menagerie.oracle import Oracle, parse

@@ -17,8 +17,18 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from ..files import KitError, near, write_atomic
-from .claims import (
-    HOLDS, REFUTED, UNDECIDED, Contrast, Measurement, Rule, Verdict, all_claims, measure, seeds_of)
+from instructvideo_kit.measure.claims import (
+    HOLDS,
+    REFUTED,
+    UNDECIDED,
+    Contrast,
+    Measurement,
+    Rule,
+    Verdict,
+    all_claims,
+    measure,
+    seeds_of,
+)
 from .data import meaning, need_metric, read_yaml, record
 from .report import INK, PALE, png
 from .results import Results, result_path

@@ -8,7 +8,12 @@ __all__ = ['FEW', 'TINY', 'COLOURS', 'INK', 'PALE', 'data_uri', 'pair_webp', 'sh
            'save_comparison', 'Story', 'report_html', 'write_report']
 
 # %% ../../nbs/measure/04_report.ipynb #d16c68b6
-import base64, html, io, json, re, statistics
+import base64
+import html
+import io
+import json
+import re
+import statistics
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 

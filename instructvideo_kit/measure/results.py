@@ -7,7 +7,8 @@ __all__ = ['FORMAT', 'weights_hash', 'training_facts', 'facts_of', 'differences'
            'state_of', 'Results', 'curve_of_seed']
 
 # %% ../../nbs/measure/07_results.ipynb #4e500004
-import hashlib, json
+import hashlib
+import json
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from operator import itemgetter
@@ -19,7 +20,7 @@ from .. import __version__
 from ..files import KitError, locate, write_atomic
 from .curves import Curve, best_checkpoint, tuning_reward
 from .evaluate import Evaluation
-from .runs import Point, Run, Split, all_runs, config_of, precision_of, steps_of, trains
+from .runs import Point, Run, Split, all_runs, config_of, precision_of, trains
 from ..tuning.run_folder import FREE_FIELDS
 from ..tuning.stream import fingerprint
 

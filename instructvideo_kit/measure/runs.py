@@ -8,7 +8,7 @@ __all__ = ['UNTUNED', 'SWEPT', 'Split', 'Run', 'Point', 'preset_of', 'trains', '
 
 # %% ../../nbs/measure/05_runs.ipynb #5ad9f998
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from ..files import KitError, near
 from ..machine import fast_precision
@@ -107,7 +107,7 @@ def config_of(
     return replace(_config(preset_of(run), run.algorithm, tuple(values.items()))) # a copy: configs can be changed
 
 
-@lru_cache(maxsize=None)
+@cache
 def _config(preset, algorithm, values): return load_preset(preset, find(algorithm).Config, dict(values))
 
 # %% ../../nbs/measure/05_runs.ipynb #9e5a0011

@@ -8,15 +8,32 @@ __all__ = ['SIGNS', 'BOLD', 'HEAD', 'RIVALS', 'WORDS', 'interval_text', 'contras
            'live_checks', 'full_size_commands', 'reproduce']
 
 # %% ../../nbs/measure/11_scoreboard.ipynb #af3fecf8
-import tempfile, time
+import tempfile
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import KitError, write_atomic
-from .claims import (
-    GPU, HOLDS, NOT_RUN, PEOPLE, REFUTED, UNDECIDED, Claim, Contrast, Measurement, Rule, Verdict, all_claims, decide,
-    measure, pick_claims, read_contrasts, runs_of)
+from instructvideo_kit.measure.claims import (
+    GPU,
+    HOLDS,
+    NOT_RUN,
+    PEOPLE,
+    REFUTED,
+    UNDECIDED,
+    Claim,
+    Contrast,
+    Measurement,
+    Rule,
+    Verdict,
+    all_claims,
+    decide,
+    measure,
+    pick_claims,
+    read_contrasts,
+    runs_of,
+)
 from .data import fill, meaning, read_yaml
 from .execute import parse_shard, plan, plan_text, run_all, shard
 from .pictures import Picture, all_pictures, differences_to_first, write_pictures

@@ -117,8 +117,8 @@ def hpsv2_scores():
 if __name__ == "__main__":
     from importlib.metadata import version
 
-    import hpsv2  # noqa: F401 without it there is nothing to record
-    import torchvision  # noqa: F401 hpsv2 needs it
+    import hpsv2  # noqa: F401 (what the record was made with imports, or nothing is recorded)
+    import torchvision  # noqa: F401
     made_with = {name: version(name) for name in ("hpsv2", "torch", "torchvision", "numpy", "pillow")}
     record = dict(made_with=made_with, seed=SEED, weights_sha256=fingerprint(weights()), captions=CAPTIONS,
                   shapes=SHAPES, scores=hpsv2_scores())
