@@ -164,7 +164,7 @@ def _random(draw, shape, like, generator):
 def judges_clips(
     reward, # any judge
 )->bool:
-    "Whether it looks at a clip as a whole, and so at its motion; a `whole_clip` of its own says so, or several numbers."
+    "Whether it looks at whole clips, and so at motion: its `whole_clip` says so, else that it gives several numbers."
     owner = getattr(reward, "__self__", reward) # of a method, such as VideoScoreReward.per_frame
     return bool(getattr(owner, "whole_clip", hasattr(owner, "dims")))
 
