@@ -99,7 +99,7 @@ class Schedule:
     final_alpha_bar: float = 1.0 # alpha_bar after the last step; ModelScope: alpha_bar[0], not 1
     steps_offset: int = 1 # the last timestep of the grid, where spacing is "leading"
     spacing: str = 'leading' # as ddim_to_ddpm
-    times: Tensor = None # (n_train,) what the network is told at each training step; None: its number
+    times: Tensor | None = None # (n_train,) what the network is told at each training step; None: its number
 
     def __post_init__(self):
         check_prediction_type(self.prediction_type)

@@ -39,7 +39,7 @@ def latent_frames(
 
 # %% ../../nbs/reward/06_latent.ipynb #061a0010
 class LatentReward(nn.Module):
-    "Judge of latents: (latent frames (b, s, c, h, w), prompts) -> (b, s), in the units of the judge it was distilled from."
+    "Judge of latents: (latent frames (b, s, c, h, w), prompts) -> (b, s), in the units of the judge it learned from."
     reads_latents = True
     def __init__(self,
         judge:Any, # image judge with image_features and text_features, such as ClipReward
@@ -67,7 +67,7 @@ class LatentReward(nn.Module):
         if latents.ndim != 5 or latents.shape[2] != self.channels:
             raise ValueError(f"latent frames have shape {tuple(latents.shape)}; this judge was made for "
                              f"(b, s, {self.channels}, h, w), the latents of another autoencoder it cannot read")
-        x = rearrange(latents, "b s c h w -> (b s) c h w").to(self.tower[0].weight)
+        x = rearrange(latents, "b s c h w -> (b s) c h w").to(next(self.tower.parameters()))
         return rearrange(F.normalize(self.tower(x), dim=-1), "(b s) d -> b s d", b=len(latents))
 
     def forward(self,
@@ -97,7 +97,7 @@ class LatentReward(nn.Module):
         device:str|torch.device|None=None, # None: the CPU
     )->"LatentReward":
         "Open a saved judge, ready to be asked; KitError when the folder holds none."
-        from instructvideo_kit.reward.clip import ClipReward # which looks here for the classes that folders name
+        from instructvideo_kit.reward.clip import ClipReward  # which looks here for the classes that folders name
         try: about = json.loads((Path(folder)/"kit.json").read_text(encoding="utf-8"))
         except (OSError, ValueError): raise KitError(f"{folder} holds no latent judge; see save_pretrained") from None
         judge = judge or ClipReward.from_pretrained(about["judge"])
@@ -115,7 +115,8 @@ def make_lesson(
     batch:int=8, # clips at a time
 )->dict: # prompts, latents (n, f, c, h, w), features (n, f, d), scores (n, f)
     "What the image judge says of each latent frame of each clip; ValueError for another number of captions."
-    if len(prompts) != len(latents): raise ValueError(f"{len(prompts)} captions for {len(latents)} clips; expected as many")
+    if len(prompts) != len(latents):
+        raise ValueError(f"{len(prompts)} captions for {len(latents)} clips; expected as many")
     f, features, scores = latents.shape[2], [], []
     middle = ((torch.arange(f)*2 + 1)*policy.n_frames//(2*f))[None] # the clip's frame in the middle of each latent one
     for i in range(0, len(latents), batch):
@@ -148,7 +149,10 @@ def distil(
         said = student.judge.scale*(seen*words[clip]).sum(-1)
         alike = 1 - (seen*lesson["features"][clip, frame]).sum(-1)
         loss = ((said - lesson["scores"][clip, frame])/spread).square().mean() + 10*alike.mean()
-        optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
         losses.append(loss.item())
     student.requires_grad_(False).eval()
     return losses

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -36,11 +37,11 @@ from ..video import film_strip
 class Algorithm:
     "One algorithm: made for a run, then asked for one micro-batch after another."
     name = "" # in presets, on the command line, and for `tune`
-    Config = SampledConfig # dataclass of its fields
+    Config:Any = SampledConfig # dataclass of its fields
     takes = "captions" # or "clips", (clip, caption); or "pairs", (chosen, rejected, caption) or captions to draw them
     reward_gradient = False # whether it needs a score per frame, with a gradient
     counts_memory = False # whether `tuning.memory` knows what its step takes
-    known:dict[str, type] = {} # name -> class, of all that were imported
+    known:dict[str, "type[Algorithm]"] = {} # name -> class, of all that were imported
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -88,7 +89,8 @@ class Algorithm:
         eps = draw_noise(policy.latent_shape, generators).to(policy.device)
         z = torch.stack([self.real_latents(i) for i in rows]).to(eps)
         z_t, target = data_target(z, eps, policy.schedule.at(t), policy.schedule.prediction_type)
-        with self.accelerator.autocast(): prediction = policy.predict(z_t, t, *policy.conditions(self.captions_of(rows))[0])
+        with self.accelerator.autocast():
+            prediction = policy.predict(z_t, t, *policy.conditions(self.captions_of(rows))[0])
         loss = data_term(prediction, target).mean()
         self.accelerator.backward(config.data_term*loss)
         return {"data_loss": loss.detach()}
@@ -144,7 +146,7 @@ class Algorithm:
 # %% ../../nbs/tuning/14_algorithm.ipynb #cda70004
 def find(
     algorithm:str|type, # a name, or the class itself
-)->type:
+)->type[Algorithm]:
     "The class of an algorithm; KitError that names the near ones."
     if isinstance(algorithm, type): return algorithm
     listed = algorithms()
@@ -166,7 +168,7 @@ def cost_table()->list[dict]: # algorithm, takes, cost of a step for one example
 
 # %% ../../nbs/tuning/14_algorithm.ipynb #cda70006
 def check_start(
-    Found:type, # of Algorithm
+    Found:type[Algorithm], # the algorithm
     policy, # VideoPolicy
     reward, # a judge
     data:Sequence, # captions, clips or pairs
@@ -246,8 +248,12 @@ def _callbacks(config, policy, prompts, evaluate, progress):
 
 def _trainer(algorithm, policy, folder, parameters, callbacks):
     "The loop, which saves the LoRA and what else the algorithm carries."
-    def save(where): save_lora(policy, where); algorithm.save(where)
-    def load(where): load_lora(policy, where); algorithm.load(where)
+    def save(where):
+        save_lora(policy, where)
+        algorithm.save(where)
+    def load(where):
+        load_lora(policy, where)
+        algorithm.load(where)
     return Trainer(algorithm.config, folder, parameters, save, load, algorithm.accelerator, callbacks)
 
 def tune(
@@ -272,7 +278,7 @@ def tune(
     split = wants_split(accelerator)
     if split: check_split(config)
     for part in (policy, reward):
-        if hasattr(part, "to"): part.to(accelerator.device)
+        if part is not None and hasattr(part, "to"): part.to(accelerator.device)
     inputs = _made_with(Found, policy, reward, prompts, config)
     folder = RunFolder.open(run_dir, config, inputs, resume) if accelerator.is_main_process else RunFolder(run_dir)
     accelerator.wait_for_everyone()

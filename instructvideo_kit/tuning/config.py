@@ -60,7 +60,8 @@ class TrainerConfig:
     def check(self):
         "KitError for the first value out of range."
         self.at_least(1, "steps", "batch", "grad_accum", "save_every", "data_clips")
-        self.at_least(0, "weight_decay", "max_grad_norm", "eval_every", "sample_every", "distance_every", "data_term", "seed")
+        self.at_least(0, "weight_decay", "max_grad_norm", "data_term", "seed")
+        self.at_least(0, "eval_every", "sample_every", "distance_every")
         self.above_zero("lr")
         for name in ("beta1", "beta2", "ema_decay"):
             need(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}, expected 0 <= {name} < 1")

@@ -6,7 +6,8 @@
 __all__ = ['NFTConfig', 'draw_with', 'guesses', 'lora_fingerprint', 'save_old', 'load_old', 'NFT', 'nft_loss']
 
 # %% ../../nbs/tuning/26_nft.ipynb #26cf0005
-import hashlib, json
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,8 @@ def guesses(
 )->tuple: # (x0_hat with a gradient, x0_hat_old, prediction with a gradient, the base model's or None): like z_t
     "What the policy, the old policy and the base model make of the same noisy clips."
     model, schedule = policy.denoiser(prompts, config.loss_guidance, config.batched_cfg), policy.schedule
-    def guess(prediction): return to_x0_eps(prediction.float(), z_t.float(), schedule.at(t), schedule.prediction_type)[0]
+    def guess(prediction):
+        return to_x0_eps(prediction.float(), z_t.float(), schedule.at(t), schedule.prediction_type)[0]
     with torch.no_grad():
         with reference(policy, "old"): old = guess(model(z_t, t))
         base = None

@@ -145,7 +145,8 @@ class Trajectories(Algorithm):
 
     def drawn(self, positions:Sequence[int], window:tuple)->dict:
         "A micro-batch's clips and what the judge says of them."
-        prompts, generators, starts = self.captions_at(positions), self.generators_at(positions), self.starts_at(positions)
+        prompts, generators = self.captions_at(positions), self.generators_at(positions)
+        starts = self.starts_at(positions)
         with self.accelerator.autocast():
             clips = roll_out(self.policy, prompts, generators, self.config, window, starts)
             reward = judge(self.policy, self.reward, clips.pop("z_0"), prompts, self.config)
