@@ -86,7 +86,7 @@ def drag(pipeline, args):
     cases, found = arrow_cases(args.cases, args.case_seed), {}
     ways = {"no arrow": {}, **{f"arrow, follow {share:g}": dict(follow=share) for share in args.follow}}
     for name, way in ways.items():
-        def go(i, c):
+        def go(i, c, way=way):
             return pipeline.video(c.clip[:1], c.scene.caption, drags=[c.drag] if way else (), seed=i,
                                   n_ddim=args.n_ddim, **way)[0]
         far = [c.distance(go(i, c)) for i, c in enumerate(cases)]

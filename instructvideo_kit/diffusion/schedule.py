@@ -48,7 +48,7 @@ def n_steps(
     tau:float, # noise level, in (0, 1]
     n_ddim:int, # D
 )->int: # steps of the partial chain, 1..D
-    "tau * D to the nearest, halves up: the DDIM steps of a noise level; ValueError for tau outside (0, 1], tau * D < 1."
+    "tau * D to the nearest, halves up: DDIM steps of a noise level; ValueError for tau outside (0, 1], tau * D < 1."
     if not 0 < tau <= 1: raise ValueError(f"tau is {tau}; the noise level must lie in (0, 1] (1 runs the full chain)")
     if n_ddim < 1: raise ValueError(f"n_ddim is {n_ddim}; a chain needs at least one DDIM step, such as 20")
     if tau * n_ddim < 1 - 1e-9:    # 1e-9: tau = 1/49 times 49 may come out a hair below 1
@@ -87,7 +87,8 @@ def _warn_ignored(config):
     ignored = [k for k in names if config.get(k)]
     if ignored:
         warnings.warn(
-            f"the scheduler asks for {', '.join(ignored)}: ignored, the chain is first-order DDIM without clipping")
+            f"the scheduler asks for {', '.join(ignored)}: ignored, the chain is first-order DDIM without clipping",
+            stacklevel=2)
 
 @dataclass(frozen=True, eq=False)
 class Schedule:

@@ -8,6 +8,7 @@ __all__ = ['SIZE', 'new_autoencoder', 'tracks', 'presence', 'Frames', 'picture_l
 
 # %% ../../nbs/menagerie/07_autoencoder.ipynb #9c1ea0a8
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from .captions import scenes
 from .defects import render
 from .training import Run, fit
 from .world import pose
+
+if TYPE_CHECKING: # for annotations alone: these are slow to import
+    from diffusers import AutoencoderKL
 
 # %% ../../nbs/menagerie/07_autoencoder.ipynb #6154b50d
 SIZE = 64 # height and width of the world, pixels

@@ -10,6 +10,7 @@ __all__ = ['VISIBLE', 'PICTURE', 'new_judge', 'frame_size', 'spoiled', 'other_ca
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from .tokens import menagerie_tokenizer, token_ids
 from .training import Run, fit
 from .world import NAMES, PLACE_NAMES, Scene
 from ..reward.base import preprocess
+
+if TYPE_CHECKING: # for annotations alone: these are slow to import
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 # %% ../../nbs/menagerie/09_judge.ipynb #582f7994
 VISIBLE = ("blur", "noise", "dull", "watermark") # what a single frame can show

@@ -9,8 +9,8 @@ __all__ = ['TEMPORAL', 'GUIDE_WEIGHTS', 'PHASES', 'new_unet', 'new_text_encoder'
 
 # %% ../../nbs/menagerie/10_models.ipynb #5b5bbd5c
 import contextlib
-import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +27,10 @@ from .tokens import MAX_TOKENS, menagerie_tokenizer, token_ids
 from .training import Run, fit
 from ..policy.base import VideoPolicy
 from ..video import clip_grid
+
+if TYPE_CHECKING: # for annotations alone: these are slow to import
+    from diffusers import DDIMScheduler, UNet3DConditionModel
+    from PIL.Image import Image
 
 # %% ../../nbs/menagerie/10_models.ipynb #0f813c7c
 def new_unet(

@@ -13,6 +13,7 @@ __all__ = ['SHAKING', 'LOOKED_AT', 'LATENTS', 'QUESTION', 'MOTION_WORDS', 'WORDS
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -40,6 +41,10 @@ from instructvideo_kit.reward.videoscore import (
     VideoScoreReward,
     idefics_pictures,
 )
+
+if TYPE_CHECKING: # for annotations alone: these are slow to import
+    from transformers import CLIPTokenizer, CLIPVisionModel, Idefics2Config
+    from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
 # %% ../../nbs/menagerie/11_video_judge.ipynb #86611994
 SHAKING = ("flicker", "jitter")
@@ -419,7 +424,7 @@ def video_judge_accuracy(
             asked = [replace(s, **{field: _other(getattr(s, field), values, rng)}) for s in chosen]
             worse = reward(clean, [s.caption for s in asked])
         else:
-            def faulty(c, t, s):
+            def faulty(c, t, s, name=name):
                 return spoil(c, t, s, {name: float(rng.uniform(.25, 1))}, torch.arange(16))
             worse = reward(torch.stack([faulty(c, t, s) for c, t, s in zip(clean, twin, chosen)]), said)
         out[name] = (base[:, dim] > worse[:, dim]).float().mean().item()

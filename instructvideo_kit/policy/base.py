@@ -522,7 +522,8 @@ def embed_one(
     tokens = policy.tokenizer(prompt, padding="max_length", max_length=policy.max_tokens, truncation=True,
                               return_tensors="pt")
     if lost := policy.lost_words(prompt):
-        warnings.warn(f"the text encoder takes {policy.max_words} tokens; of {prompt!r} it loses {lost!r}")
+        warnings.warn(f"the text encoder takes {policy.max_words} tokens; of {prompt!r} it loses {lost!r}",
+                      stacklevel=2)
     with torch.no_grad():
         return policy.read_text(tokens.input_ids.to(policy.device), tokens.attention_mask.to(policy.device))[0]
 
@@ -682,7 +683,7 @@ def save_pretrained(
                          "or save_lora(policy, folder) for the adapters alone")
     if self.vae.config.get("shift_factor"):
         warnings.warn(f"the autoencoder has a shift_factor of {self.vae.config.shift_factor}: the kit follows it, "
-                      f"but diffusers' {self.PIPELINE} does not, and will draw other colours")
+                      f"but diffusers' {self.PIPELINE} does not, and will draw other colours", stacklevel=2)
     folder = Path(folder)
     index: dict[str, Any] = {"_class_name": self.PIPELINE, "_diffusers_version": diffusers_version}
     for part in self.PARTS:

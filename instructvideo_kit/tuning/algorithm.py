@@ -50,7 +50,7 @@ class Algorithm:
     def __init__(
         self,
         policy, # VideoPolicy with a LoRA
-        reward:Callable, # reward(frames (b, s, 3, h, w) in [0, 1], prompts)
+        reward:Any, # reward(frames (b, s, 3, h, w) in [0, 1], prompts); None where none is asked
         data:Sequence, # what it takes
         config, # of its Config
         accelerator:Accelerator,

@@ -178,7 +178,10 @@ def both_grow(
 
 class ErrorWatch:
     "Told of each update; warns once, as `both_grow` says."
-    def __init__(self, window:int=10): self.rows, self.window, self.said = [], window, False
+    def __init__(self, window:int=10):
+        self.window, self.said = window, False
+        self.rows:list[dict] = []
+
     def __call__(self, row:dict):
         self.rows = [*self.rows, row][-self.window:]
         message = "" if self.said else both_grow(self.rows, self.window)

@@ -42,8 +42,8 @@ class GRPOConfig(TrajectoryConfig):
     def check(self):
         super().check()
         need_one_of("std", self.std, ("group", "all"))
-        need(self.group_size >= 2, f"group_size is {self.group_size}; a clip is good only beside others of its caption, "
-             "expected 2 or more")
+        need(self.group_size >= 2, f"group_size is {self.group_size}; a clip is good only beside others of its "
+             "caption, expected 2 or more")
         self.at_least(0, "beta", "best", "worst")
         self.at_least(1, "flat_rounds")
         need(self.best + self.worst <= self.group_size, f"best is {self.best} and worst {self.worst}, more than "
@@ -74,8 +74,8 @@ class GRPO(Trajectories):
     def setup(self):
         super().setup()
         self.keep_means = self.config.guard
-        need(self.config.beta == 0 or adapters(self.policy), f"beta is {self.config.beta:g}, but the policy has no LoRA "
-             "to switch off: there is no base to stay near; add one, or set beta to 0")
+        need(self.config.beta == 0 or adapters(self.policy), f"beta is {self.config.beta:g}, but the policy has no "
+             "LoRA to switch off: there is no base to stay near; add one, or set beta to 0")
 
     def rate(self, everyone:dict)->dict:
         "Advantages within groups, and which clips count; KitError after several rounds without any spread."
@@ -88,8 +88,8 @@ class GRPO(Trajectories):
     def count_flat(self, flat:bool):
         "One more round without any spread, or the end of such a row."
         rounds = self.memory.get("flat_rounds", 0) + 1 if flat else 0
-        need(rounds < self.config.flat_rounds, f"in {rounds} rounds in a row all clips of each caption got the same reward, "
-             "so there is nothing to learn; look at the judge, or at clips that no longer differ")
+        need(rounds < self.config.flat_rounds, f"in {rounds} rounds in a row all clips of each caption got the same "
+             "reward, so there is nothing to learn; look at the judge, or at clips that no longer differ")
         self.next_memory = {"flat_rounds": rounds}
 
     def step(self, positions:Sequence[int])->dict:
