@@ -48,7 +48,7 @@ def n_steps(
     tau:float, # noise level, in (0, 1]
     n_ddim:int, # D
 )->int: # steps of the partial chain, 1..D
-    "tau * D to the nearest, halves up: the DDIM steps of a noise level; ValueError for tau outside (0, 1], tau * D < 1."
+    "tau * D to the nearest, halves up: DDIM steps of a noise level; ValueError for tau outside (0, 1], tau * D < 1."
     if not 0 < tau <= 1: raise ValueError(f"tau is {tau}; the noise level must lie in (0, 1] (1 runs the full chain)")
     if n_ddim < 1: raise ValueError(f"n_ddim is {n_ddim}; a chain needs at least one DDIM step, such as 20")
     if tau * n_ddim < 1 - 1e-9:    # 1e-9: tau = 1/49 times 49 may come out a hair below 1
@@ -100,7 +100,7 @@ class Schedule:
     final_alpha_bar: float = 1.0 # alpha_bar after the last step; ModelScope: alpha_bar[0], not 1
     steps_offset: int = 1 # the last timestep of the grid, where spacing is "leading"
     spacing: str = 'leading' # as ddim_to_ddpm
-    times: Tensor = None # (n_train,) what the network is told at each training step; None: its number
+    times: Tensor | None = None # (n_train,) what the network is told at each training step; None: its number
 
     def __post_init__(self):
         check_prediction_type(self.prediction_type)

@@ -7,6 +7,7 @@ __all__ = ['SOLVERS', 'half_log_snr', 'dpm2m_step', 'dpm2m', 'solve']
 
 # %% ../../nbs/diffusion/06_solver.ipynb #6d500004
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -28,14 +29,15 @@ def half_log_snr(
 def dpm2m_step(
     z_t:Tensor, # noisy latents (b, ...)
     x0:Tensor, # guess of the clip at z_t, like z_t
-    x0_before:Tensor, # guess of the step before; None: a step of first order, which is DDIM's
+    x0_before:Tensor|None, # guess of the step before; None: a step of first order, which is DDIM's
     alpha_bar_t:float, # level of z_t
     alpha_bar_prev:float, # level to go to, above alpha_bar_t
-    alpha_bar_before:float=None, # level of the step before; None with x0_before
+    alpha_bar_before:float|None=None, # level of the step before; None with x0_before
 )->Tensor: # z at the next level, like z_t
     "One step of DPM-Solver++(2M), midpoint form (arXiv 2211.01095, algorithm 2)."
     (a, s), (a_prev, s_prev) = amplitudes(alpha_bar_t), amplitudes(alpha_bar_prev)
     if x0_before is not None:
+        if alpha_bar_before is None: raise ValueError("alpha_bar_before is None, expected the level of x0_before")
         before, now, then = (half_log_snr(x) for x in (alpha_bar_before, alpha_bar_t, alpha_bar_prev))
         x0 = x0 + (then - now) / (2 * (now - before)) * (x0 - x0_before) # 0 where the step before began at pure noise
     return s_prev / s * z_t + (a_prev - s_prev / s * a) * x0
@@ -74,5 +76,5 @@ def solve(
 )->Tensor: # z_0, like z_t
     "A chain without gradient by the solver's name; ValueError for an unknown one."
     if solver not in SOLVERS: raise ValueError(f"solver is {solver!r}; known are {', '.join(map(repr, SOLVERS))}")
-    chain = {'ddim': denoise, 'dpm2m': dpm2m}[solver]
-    with torch.no_grad(): return chain(model, z_t, timesteps, schedule, **kwargs)
+    chains:dict[str, Callable] = {'ddim': denoise, 'dpm2m': dpm2m}
+    with torch.no_grad(): return chains[solver](model, z_t, timesteps, schedule, **kwargs)

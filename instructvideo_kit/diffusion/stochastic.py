@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .prediction import from_rectified, rectified_sigma, to_rectified
+from .prediction import amplitudes, from_rectified, rectified_sigma, to_rectified
 from .sampling import ddim_step, step_pairs, to_x0_eps
 from .schedule import Schedule
 from .toy import ToyDenoiser
@@ -172,7 +172,8 @@ def line_deviation(
     schedule:Schedule,
 )->float: # on the straight line: Flow-GRPO's g sqrt(-dt)
     "The deviation in the coordinates of flow matching."
-    return to_rectified(deviation, schedule.at(t_prev))
+    a, s = amplitudes(schedule.at(t_prev))
+    return deviation / (a + s)
 
 def guarded_log_ratio(
     logp:Tensor, # (b,) of the policy, with a gradient

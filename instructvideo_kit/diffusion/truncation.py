@@ -21,8 +21,9 @@ def step_sensitivity(
     prediction."""
     now, prev = (torch.tensor([schedule.at(t) for t in ts], dtype=torch.float64) for ts in zip(*step_pairs(timesteps)))
     for_v = (1 - prev).sqrt() * now.sqrt() - prev.sqrt() * (1 - now).sqrt()
-    share = {'v_prediction': 1., 'epsilon': now.sqrt(), 'flow_prediction': now.sqrt() + (1 - now).sqrt(),
-             'sample': -(1 - now).sqrt()}
+    flow = now.sqrt() + (1 - now).sqrt()
+    share:dict[str, float|Tensor] = {
+        'v_prediction': 1., 'epsilon': now.sqrt(), 'flow_prediction': flow, 'sample': -(1 - now).sqrt()}
     return for_v / share[schedule.prediction_type]
 
 # %% ../../nbs/diffusion/03_truncation.ipynb #2e30eeaf

@@ -138,7 +138,7 @@ def check_trained(
         span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         lines.append(f"{name} was trained on {what} {span}, this clip has {value:g}: its scores are guesses here")
     for line in lines:
-        if line not in said: warnings.warn(line)
+        if line not in said: warnings.warn(line, stacklevel=2)
         said.add(line)
     return lines
 
@@ -189,6 +189,7 @@ from pathlib import Path
 
 from ..files import KitError
 
+
 def named_class(
     folder, # of a reward
 ): # the class its kit.json names, or None
@@ -199,7 +200,9 @@ def named_class(
     except ValueError as error: raise KitError(f'"{file}" is not JSON: {error}') from None
     if named is None: return None
     module, name = named if isinstance(named, list) and len(named) == 2 else ("", str(named))
-    if not module.startswith("instructvideo_kit."): raise KitError(f'"{file}" asks for the class {named}; expected one of instructvideo_kit')
+    if not module.startswith("instructvideo_kit."):
+        raise KitError(f'"{file}" asks for the class {named}; expected one of instructvideo_kit')
     found = getattr(import_module(module), name, None)
-    if found is None: raise KitError(f'"{file}" asks for {module}.{name}, which this version of the kit does not have; update it')
+    if found is None:
+        raise KitError(f'"{file}" asks for {module}.{name}, which this version of the kit does not have; update it')
     return found

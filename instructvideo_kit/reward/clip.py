@@ -31,8 +31,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ..files import KitError, locate, near, shipped, write_atomic
-from .base import CLIP_MEAN, CLIP_STD, PREPROCESSINGS
-from .base import check_frames, check_trained, clamp_frames, named_class, preprocess
+from instructvideo_kit.reward.base import (
+    CLIP_MEAN,
+    CLIP_STD,
+    PREPROCESSINGS,
+    check_frames,
+    check_trained,
+    clamp_frames,
+    named_class,
+    preprocess,
+)
 
 # %% ../../nbs/reward/03_clip.ipynb #7b4bab62
 PUBLISHED: dict[str, dict] = {
@@ -138,8 +146,11 @@ class ClipReward(nn.Module):
         where = (self.model.device, self.model.dtype)
         new = [p for p in dict.fromkeys(prompts) if (p, *where) not in self._texts]
         if new:
-            for p, feature in zip(new, self._read(new)): self._texts[(p, *where)] = feature
-        return torch.stack([self._texts[(p, *where)] for p in prompts])
+            for p, feature in zip(new, self._read(new)):
+                key = (p, *where)
+                self._texts[key] = feature
+        keys = [(p, *where) for p in prompts]
+        return torch.stack([self._texts[key] for key in keys])
 
     def remember(self,
         prompt:str, # a caption
@@ -161,10 +172,11 @@ class ClipReward(nn.Module):
         for prompt, ids in zip(prompts, self.tokenizer(prompts, verbose=False)["input_ids"]):
             if len(ids) <= self.max_tokens: continue
             first = self.max_tokens - 1
-            while first > 1 and self.tokenizer.decode(ids[first:-1]).startswith("\ufffd"): first -= 1 # half a character
+            while first > 1 and str(self.tokenizer.decode(ids[first:-1])).startswith("\ufffd"):
+                first -= 1 # half a character
             lost = self.tokenizer.decode(ids[first:-1])
             warnings.warn(f'{self.name} reads {self.max_tokens} tokens; of "{prompt[:40]}..." it does not see: '
-                          f'"{lost}"')
+                          f'"{lost}"', stacklevel=2)
 
     @classmethod
     def from_pretrained(cls,
@@ -175,7 +187,7 @@ class ClipReward(nn.Module):
         device:str|torch.device|None=None, # None: the CPU
         **kwargs, # antialias, clamp, trained
     )->"ClipReward":
-        "Load a judge from local files, or what the folder's kit.json names; KitError says what is missing and how to get it."
+        "Load a judge from local files, or what the folder's kit.json names; KitError says what is missing."
         folder, facts = _find(name_or_path)
         if other := named_class(folder): return other.from_pretrained(folder, dtype=dtype, device=device, **kwargs)
         model, tokenizer = _load_model(folder), load_tokenizer(folder)

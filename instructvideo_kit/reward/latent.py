@@ -67,7 +67,7 @@ class LatentReward(nn.Module):
         if latents.ndim != 5 or latents.shape[2] != self.channels:
             raise ValueError(f"latent frames have shape {tuple(latents.shape)}; this judge was made for "
                              f"(b, s, {self.channels}, h, w), the latents of another autoencoder it cannot read")
-        x = rearrange(latents, "b s c h w -> (b s) c h w").to(self.tower[0].weight)
+        x = rearrange(latents, "b s c h w -> (b s) c h w").to(next(self.tower.parameters()))
         return rearrange(F.normalize(self.tower(x), dim=-1), "(b s) d -> b s d", b=len(latents))
 
     def forward(self,
@@ -97,7 +97,7 @@ class LatentReward(nn.Module):
         device:str|torch.device|None=None, # None: the CPU
     )->"LatentReward":
         "Open a saved judge, ready to be asked; KitError when the folder holds none."
-        from instructvideo_kit.reward.clip import ClipReward # which looks here for the classes that folders name
+        from instructvideo_kit.reward.clip import ClipReward  # which looks here for the classes that folders name
         try: about = json.loads((Path(folder)/"kit.json").read_text(encoding="utf-8"))
         except (OSError, ValueError): raise KitError(f"{folder} holds no latent judge; see save_pretrained") from None
         judge = judge or ClipReward.from_pretrained(about["judge"])
@@ -149,7 +149,10 @@ def distil(
         said = student.judge.scale*(seen*words[clip]).sum(-1)
         alike = 1 - (seen*lesson["features"][clip, frame]).sum(-1)
         loss = ((said - lesson["scores"][clip, frame])/spread).square().mean() + 10*alike.mean()
-        optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
         losses.append(loss.item())
     student.requires_grad_(False).eval()
     return losses

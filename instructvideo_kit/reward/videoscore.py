@@ -26,11 +26,25 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import Idefics2Config, Idefics2Model, Idefics2PreTrainedModel
-from transformers import Qwen2VLConfig, Qwen2VLModel, Qwen2VLPreTrainedModel
+from transformers import (
+    Idefics2Config,
+    Idefics2Model,
+    Idefics2PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLModel,
+    Qwen2VLPreTrainedModel,
+)
 
 from ..files import KitError, locate, near, write_atomic
-from .base import CLIP_MEAN, CLIP_STD, check_frames, check_trained, clamp_frames, named_class, normalise
+from instructvideo_kit.reward.base import (
+    CLIP_MEAN,
+    CLIP_STD,
+    check_frames,
+    check_trained,
+    clamp_frames,
+    named_class,
+    normalise,
+)
 from .clip import _read_json, load_checkpoint
 
 # %% ../../nbs/reward/04_videoscore.ipynb #64f07171
@@ -169,7 +183,7 @@ class VideoScoreReward(nn.Module):
         tokenizer:Tokenizer, # from its tokenizer.json
         max_frames:int=16, # frames it may see: 16, or 48 for v1.1
         sampling:str="example", # "example" or "benchmark", see videoscore_frames
-        dim:str=None, # what `score` gives: a name of `dims`, or "mean"; None: temporal_consistency, or the mean where there is none
+        dim:str=None, # what `score` gives: a name of `dims`, or "mean"; None: temporal_consistency, else the mean
         name:str="videoscore", # shown in logs and reports
         max_tokens:int=None, # a longer caption is cut; None: what the model takes
         question:str=PROMPT, # what the judge was trained to be asked, with {text_prompt} where the caption goes
@@ -278,7 +292,7 @@ class VideoScoreReward(nn.Module):
         words = prompt.split(" ")
         keep = bisect_right(range(1, len(words) + 1), self.max_tokens, key=lambda n: size(" ".join(words[:n])))
         warnings.warn(f'{self.name} reads {self.max_tokens} tokens; of "{prompt[:40]}..." it does not see: '
-                      f'"{" ".join(words[keep:])}"')
+                      f'"{" ".join(words[keep:])}"', stacklevel=2)
         return " ".join(words[:keep])
 
     def image_features(self,
@@ -333,7 +347,7 @@ class VideoScoreReward(nn.Module):
         device:str|torch.device|None=None, # None: the CPU
         **kwargs, # dim, sampling, max_tokens, trained; max_frames for a folder without its release's name
     )->"VideoScoreReward":
-        "Load a video judge from local files, or what the folder's kit.json names; KitError says what is missing and how to get it."
+        "Load a video judge from local files, or what the folder's kit.json names; KitError says what is missing."
         folder, facts = _find(name_or_path)
         if other := named_class(folder): return other.from_pretrained(folder, dtype=dtype, device=device, **kwargs)
         model, tokenizer = _load_model(folder, dtype or torch.float32), _load_tokenizer(folder)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -36,11 +37,11 @@ from ..video import film_strip
 class Algorithm:
     "One algorithm: made for a run, then asked for one micro-batch after another."
     name = "" # in presets, on the command line, and for `tune`
-    Config = SampledConfig # dataclass of its fields
+    Config:Any = SampledConfig # dataclass of its fields
     takes = "captions" # or "clips", (clip, caption); or "pairs", (chosen, rejected, caption) or captions to draw them
     reward_gradient = False # whether it needs a score per frame, with a gradient
     counts_memory = False # whether `tuning.memory` knows what its step takes
-    known:dict[str, type] = {} # name -> class, of all that were imported
+    known:dict[str, "type[Algorithm]"] = {} # name -> class, of all that were imported
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -49,7 +50,7 @@ class Algorithm:
     def __init__(
         self,
         policy, # VideoPolicy with a LoRA
-        reward:Callable, # reward(frames (b, s, 3, h, w) in [0, 1], prompts)
+        reward:Any, # reward(frames (b, s, 3, h, w) in [0, 1], prompts); None where none is asked
         data:Sequence, # what it takes
         config, # of its Config
         accelerator:Accelerator,
@@ -145,7 +146,7 @@ class Algorithm:
 # %% ../../nbs/tuning/14_algorithm.ipynb #cda70004
 def find(
     algorithm:str|type, # a name, or the class itself
-)->type:
+)->type[Algorithm]:
     "The class of an algorithm; KitError that names the near ones."
     if isinstance(algorithm, type): return algorithm
     listed = algorithms()
@@ -167,7 +168,7 @@ def cost_table()->list[dict]: # algorithm, takes, cost of a step for one example
 
 # %% ../../nbs/tuning/14_algorithm.ipynb #cda70006
 def check_start(
-    Found:type, # of Algorithm
+    Found:type[Algorithm], # the algorithm
     policy, # VideoPolicy
     reward, # a judge
     data:Sequence, # captions, clips or pairs
@@ -247,8 +248,12 @@ def _callbacks(config, policy, prompts, evaluate, progress):
 
 def _trainer(algorithm, policy, folder, parameters, callbacks):
     "The loop, which saves the LoRA and what else the algorithm carries."
-    def save(where): save_lora(policy, where); algorithm.save(where)
-    def load(where): load_lora(policy, where); algorithm.load(where)
+    def save(where):
+        save_lora(policy, where)
+        algorithm.save(where)
+    def load(where):
+        load_lora(policy, where)
+        algorithm.load(where)
     return Trainer(algorithm.config, folder, parameters, save, load, algorithm.accelerator, callbacks)
 
 def tune(
@@ -273,7 +278,7 @@ def tune(
     split = wants_split(accelerator)
     if split: check_split(config)
     for part in (policy, reward):
-        if hasattr(part, "to"): part.to(accelerator.device)
+        if part is not None and hasattr(part, "to"): part.to(accelerator.device)
     inputs = _made_with(Found, policy, reward, prompts, config)
     folder = RunFolder.open(run_dir, config, inputs, resume) if accelerator.is_main_process else RunFolder(run_dir)
     accelerator.wait_for_everyone()

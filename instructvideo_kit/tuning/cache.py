@@ -22,10 +22,13 @@ class DiskCache:
     def __init__(
         self,
         folder:str|Path|None=None, # made when the first tensor is kept; None: memory only
-    ): self.folder, self.kept = folder and Path(folder), {}
+    ):
+        self.folder = Path(folder) if folder else None
+        self.kept:dict[str, torch.Tensor] = {}
 
     def path(self, name:str)->Path:
-        "File of a name: a hash of it, as names are captions."
+        "File of a name: a hash of it, as names are captions; ValueError without a folder."
+        if self.folder is None: raise ValueError("folder is None, expected a folder: this cache has no files")
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
 
     def __call__(
@@ -59,7 +62,7 @@ def cache_texts(
     "Text embeddings of the policy (the empty caption too) and text features of the reward, from the cache."
     for p in dict.fromkeys([*captions, ""]):
         name = f"policy {policy.name} {policy.dtype}: {p}"
-        policy.remember(p, cache(name, lambda: policy.embed([p])[0]))
+        policy.remember(p, cache(name, lambda p=p: policy.embed([p])[0]))
     for p in dict.fromkeys(captions) if hasattr(reward, "remember") else ():
         name = f"reward {reward.name} {reward.model.dtype}: {p}"
-        reward.remember(p, cache(name, lambda: reward.text_features([p])[0]))
+        reward.remember(p, cache(name, lambda p=p: reward.text_features([p])[0]))

@@ -6,7 +6,10 @@
 __all__ = ['MovingAverage', 'Tracker', 'Progress', 'Samples', 'Evaluation']
 
 # %% ../../nbs/tuning/06_callbacks.ipynb #c6a70003
-import io, json, os, warnings
+import io
+import json
+import os
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,10 +28,12 @@ from .watch import best_step, over_optimised
 class MovingAverage(Callback):
     "Keeps an average of the weights, which is looked at and becomes the result."
     FILE = "average.safetensors"
-    def __init__(self, decay:float): self.decay, self.means = decay, None
+    def __init__(self, decay:float):
+        self.decay = decay
+        self.means:list[torch.Tensor] = []
 
     def start(self, trainer:Trainer):
-        if self.means is None: self.means = [p.detach().clone() for p in trainer.parameters]
+        if not self.means: self.means = [p.detach().clone() for p in trainer.parameters]
 
     @torch.no_grad()
     def moved(self, trainer:Trainer):
@@ -119,7 +124,7 @@ class Evaluation(Callback):
         warning = over_optimised([*before, row])
         if warning: row["warning"] = warning
         known = before and "warning" in before[-1]
-        if warning and trainer.is_main and not known: warnings.warn(f"step {trainer.step}: {warning}")
+        if warning and trainer.is_main and not known: warnings.warn(f"step {trainer.step}: {warning}", stacklevel=2)
         trainer.report("eval", row)
         if trainer.is_main and best_step([*before, row]) == trainer.step: self.keep(trainer, row)
 

@@ -15,7 +15,7 @@ from ..diffusion.schedule import Schedule
 from ..diffusion.stochastic import ddim_gaussian, flow_gaussian, log_probability, transition
 from ..files import need, need_one_of
 from .chains import branches
-from .trajectories import TrajectoryConfig, Trajectories, noise_kind
+from .trajectories import Trajectories, TrajectoryConfig, noise_kind
 
 # %% ../../nbs/tuning/24_ddpo.ipynb #c8d5c64b
 def gaussian_step(z_t, prediction, t:int, t_prev:int, schedule:Schedule, config)->tuple[torch.Tensor, float]:

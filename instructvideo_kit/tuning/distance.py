@@ -31,7 +31,8 @@ class BaseDistance:
         self.steps = [int(steps[0]), int(steps[len(steps)//2])]
         generators = [example_generator(config.seed, i, "distance") for i in range(len(self.prompts))]
         self.noise = draw_noise(policy.latent_shape, generators).to(policy.device)
-        self.inputs = self.base = None
+        self.inputs:list[torch.Tensor] = []
+        self.base:list[torch.Tensor] = []
 
     @torch.no_grad()
     def guess(self, z_t:torch.Tensor, t:int)->torch.Tensor: # like z_t
@@ -49,7 +50,7 @@ class BaseDistance:
 
     def __call__(self)->float:
         "The distance of the policy as it is; 0 for the base itself."
-        if self.base is None: self.prepare()
+        if not self.base: self.prepare()
         guesses = [self.guess(z, t) for z, t in zip(self.inputs, self.steps)]
         return float(torch.stack([(a - b).square().mean() for a, b in zip(guesses, self.base)]).mean())
 

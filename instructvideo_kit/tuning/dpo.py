@@ -22,8 +22,16 @@ from ..files import need, need_one_of, user_error
 from .adapters import reference
 from .algorithm import Algorithm
 from .chains import branches, merging
-from .rollouts import (
-    Rounds, SampledConfig, candidates, draw_timesteps, judge, prediction_errors, select, share_out)
+from instructvideo_kit.tuning.rollouts import (
+    Rounds,
+    SampledConfig,
+    candidates,
+    draw_timesteps,
+    judge,
+    prediction_errors,
+    select,
+    share_out,
+)
 from .stream import clip_order, draw_noise, example_generator, kind_of, step_of
 
 # %% ../../nbs/tuning/27_dpo.ipynb #4ca9daec
@@ -170,11 +178,14 @@ def both_grow(
 
 class ErrorWatch:
     "Told of each update; warns once, as `both_grow` says."
-    def __init__(self, window:int=10): self.rows, self.window, self.said = [], window, False
+    def __init__(self, window:int=10):
+        self.window, self.said = window, False
+        self.rows:list[dict] = []
+
     def __call__(self, row:dict):
         self.rows = [*self.rows, row][-self.window:]
         message = "" if self.said else both_grow(self.rows, self.window)
-        if message: warnings.warn(message)
+        if message: warnings.warn(message, stacklevel=2)
         self.said = self.said or bool(message)
 
 # %% ../../nbs/tuning/27_dpo.ipynb #cea80001
@@ -187,7 +198,8 @@ def pair_update(
     share:float=1.0, # weight of these pairs' mean in the gradient
 )->dict: # loss and info, without gradient
     "Backward pass of the DPO loss, noise and timestep shared within a pair; the reference needs no second network."
-    z, prompts, rows = torch.cat([pairs["chosen"], pairs["rejected"]]), pairs["prompts"]*2, []
+    z, prompts = torch.cat([pairs["chosen"], pairs["rejected"]]), pairs["prompts"]*2
+    rows:list[dict] = []
     flipped = pairs.get("flipped", torch.zeros(len(pairs["prompts"]), dtype=torch.bool))
     for _ in range(config.timesteps_per_pair):
         eps = draw_noise(policy.latent_shape, generators).repeat(2, 1, 1, 1, 1)
@@ -195,7 +207,8 @@ def pair_update(
         with accelerator.autocast():
             with torch.no_grad(), reference(policy): ref = prediction_errors(policy, z, eps, t, prompts)
             errors = prediction_errors(policy, z, eps, t, prompts)
-        loss, info = diffusion_dpo_loss(*errors.chunk(2), *ref.chunk(2), config.beta_dpo)
+        (chosen, rejected), (ref_chosen, ref_rejected) = errors.chunk(2), ref.chunk(2)
+        loss, info = diffusion_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta_dpo)
         accelerator.backward(loss*share/config.timesteps_per_pair)
         rows.append({"loss": loss.detach(), **info, **pair_facts(errors, ref, flipped)})
     return {k: torch.stack([row[k] for row in rows]).mean() for k in rows[0]}

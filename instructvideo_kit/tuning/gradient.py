@@ -39,7 +39,8 @@ def shown(
     "What a judge sees: pixels, shaken a little; a judge of motion sees all frames of a clip moved alike."
     if reads_latents(reward): return latent_frames(z_0, g, policy.n_frames) # nothing is decoded
     frames, together = clamp_frames(policy.decode(z_0, g), config.clamp), judges_clips(reward)
-    clips = zip(frames.split(1), generators or [None]*len(g))
+    each_its_own:Sequence[torch.Generator|None] = generators or [None]*len(g)
+    clips = zip(frames.split(1), each_its_own)
     def shaken(x, each): return augment(x, config.augment_shift, config.augment_noise, each, together)
     return torch.cat([shaken(x, each) for x, each in clips])
 

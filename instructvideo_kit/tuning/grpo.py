@@ -18,7 +18,7 @@ from .advantage import best_and_worst, flat_groups, group_advantages
 from .chains import branches
 from .policy_loss import policy_loss
 from .rollouts import select
-from .trajectories import TrajectoryConfig, Trajectories
+from .trajectories import Trajectories, TrajectoryConfig
 
 # %% ../../nbs/tuning/25_grpo.ipynb #9100cf49
 @dataclass

@@ -8,8 +8,9 @@ __all__ = ['MEMORY_PRESETS', 'hollow_copies', 'network_bytes', 'judge_bytes', 's
 
 # %% ../../nbs/tuning/30_memory.ipynb #d7ade694
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -61,7 +62,8 @@ def network_bytes(policy, config, batch:int)->int:
     z = torch.empty(batch, *policy.latent_shape, device="meta", dtype=policy.dtype)
     model = policy.denoiser([""] * batch, config.guidance_scale, config.batched_cfg)
     own, last = list(policy.network.parameters()), int(policy.schedule.timesteps(config.n_ddim, config.tau)[-1])
-    call = lambda: model(z, last)
+    def call():
+        return model(z, last)
     if not config.checkpoint_blocks: return saved_bytes(call, own) * (1 if config.checkpoint else config.grad_steps)
     with recomputed(policy): inputs = saved_bytes(call, own)
     return inputs * config.grad_steps + _largest_unit(policy, call)
@@ -84,7 +86,7 @@ def size_of(modules:Sequence[torch.nn.Module])->int: # bytes
 
 def step_memory(
     policy, # VideoPolicy, without adapters
-    reward:Callable, # ClipReward, or any other reward (not counted)
+    reward:Any, # ClipReward, or any other reward (not counted)
     config, # InstructVideoConfig
 )->dict[str, float]: # MiB: weights, adapters, network, judge, peak
     "Memory of one step, from shapes: what must be there at the same time, without temporaries and slack."

@@ -6,7 +6,8 @@
 __all__ = ['NFTConfig', 'draw_with', 'guesses', 'lora_fingerprint', 'save_old', 'load_old', 'NFT', 'nft_loss']
 
 # %% ../../nbs/tuning/26_nft.ipynb #26cf0005
-import hashlib, json
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -125,7 +125,7 @@ def reference_term(
     return (precise(prediction) - precise(prediction_ref.detach())).square().mean()
 
 def check_deviation(
-    deviation:float, # from nft_loss' info
+    deviation:float|torch.Tensor, # from nft_loss' info
     updates:int, # optimiser steps since the old policy was last set equal to the policy
 ):
     "KitError for a deviation of exactly 0 after an update: old and new are the same network, and NFT has become AWM."

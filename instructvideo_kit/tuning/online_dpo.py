@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..files import need
 from ..policy.lora import load_lora, lora_parameters, save_lora
@@ -47,7 +48,7 @@ class OnlineDPOConfig(DPOConfig):
 class OnlineDPO(Algorithm):
     "OnlineVPO, Algorithm 1: pairs from the policy's present clips, and a reference that follows every K updates."
     name, Config = "onlinevpo", OnlineDPOConfig
-    propose = DPO.propose
+    propose:Any = DPO.propose
 
     @classmethod
     def needs(cls, config)->str: return "clips" if config.pairs_from == "edit" else "captions"

@@ -7,8 +7,10 @@ __all__ = ['AVAILABLE', 'random_states', 'set_random_states', 'undisturbed', 'ma
            'check_split', 'split_frozen']
 
 # %% ../../nbs/tuning/03_process.ipynb #c3a70003
-import random, sys
+import random
+import sys
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,8 @@ from ..policy.recompute import units
 # %% ../../nbs/tuning/03_process.ipynb #c3a70004
 def random_states()->dict: # tensors and numbers only: loads with weights_only=True
     "States of all global generators: python, numpy, torch, and the GPU in use."
-    kind, keys, *rest = np.random.get_state()
+    state:Any = np.random.get_state() # a tuple: its first two are a name and an array
+    kind, keys, *rest = state
     numpy = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
     states = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
     return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
@@ -71,7 +74,8 @@ def memory_mb(
 )->float: # MiB
     "Peak memory so far: of the GPU in use, else of the process."
     if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device) / 2**20
-    try: import resource
+    try:
+        import resource
     except ImportError: return 0. # Windows has no such counter
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
@@ -96,7 +100,7 @@ def split_frozen(
     accelerator:Accelerator,
 ):
     "FSDP 2: each process keeps a share of the network's frozen weights; a unit's are gathered while it runs."
-    from torch.distributed.fsdp import fully_shard # torch 2.6 or newer has it here
+    from torch.distributed.fsdp import fully_shard  # torch 2.6 or newer has it here
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     whole = set(lora_parameters(policy))
     for part in [*units(policy.network), policy.network]: fully_shard(part, mesh=mesh, ignored_params=whole)

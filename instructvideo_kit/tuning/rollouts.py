@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -85,7 +86,7 @@ def draw_clips(
 # %% ../../nbs/tuning/12_rollouts.ipynb #e6d1cbb2
 @torch.no_grad()
 def clip_scores(
-    reward:Callable, # reward(frames (b, s, 3, h, w), prompts) -> (b,), (b, s), or (b, 5) if it has `dims`
+    reward:Any, # reward(frames (b, s, 3, h, w), prompts) -> (b,), (b, s), or (b, 5) if it has `dims`
     frames:torch.Tensor, # (b, s, 3, h, w) in [0, 1]
     prompts:Sequence[str], # b captions
     dimension:str="temporal_consistency", # which of several numbers
@@ -166,14 +167,14 @@ def prediction_errors(
     z_t = corrupt(z, eps, levels)
     target = from_x0(z, z_t, levels, schedule.prediction_type)
     text, _ = policy.conditions(prompts)
-    errors = [None]*len(z)
+    errors:dict[int, torch.Tensor] = {} # by row
     for step in t.unique().tolist(): # `predict` takes one training step at a time
         rows = (t == step).nonzero().flatten()
         here = rows.to(z.device)
         prediction = policy.predict(z_t[here], step, *(part[rows.to(part.device)] for part in text))
         each = (prediction.float() - target[here].float()).square().flatten(1).mean(1)
         for row, error in zip(rows.tolist(), each): errors[row] = error
-    return torch.stack(errors)
+    return torch.stack([errors[row] for row in range(len(z))])
 
 def draw_timesteps(
     policy, # VideoPolicy
@@ -193,7 +194,9 @@ class Rounds:
         begin:Callable=lambda number: None, # called once before a round's first draw, not when it is drawn again
     ):
         self.policy, self.every, self.draw, self.begin = policy, every, draw, begin
-        self.round, self.maker, self.data = None, None, None
+        self.round:int|None = None
+        self.maker:dict|None = None
+        self.data:Any = None
 
     def at(self, step:int):
         "The data of the round that this step belongs to."
@@ -201,7 +204,7 @@ class Rounds:
         if number != self.round:
             self.begin(number)
             self.round, self.maker, self.data = number, snapshot(self.policy), self.draw(number)
-        if self.data is None: # resumed in the middle of a round
+        if self.data is None and self.maker is not None: # resumed in the middle of a round
             with as_it_was(self.policy, self.maker): self.data = self.draw(number)
         return self.data
 

@@ -6,7 +6,12 @@
 __all__ = ['FREE_FIELDS', 'complete', 'read_log', 'dump', 'RunFolder']
 
 # %% ../../nbs/tuning/02_run_folder.ipynb #c2a70003
-import io, json, os, shutil, sys, time
+import io
+import json
+import os
+import shutil
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -49,7 +54,8 @@ def dump(
     Path(path).write_bytes(buffer.getvalue())
 
 # %% ../../nbs/tuning/02_run_folder.ipynb #c2a70007
-FREE_FIELDS = ("steps", "save_every", "eval_every", "sample_every", "distance_every", "tracker") # no step depends on them
+# no step depends on them
+FREE_FIELDS = ("steps", "save_every", "eval_every", "sample_every", "distance_every", "tracker")
 
 def _fsync(path):
     if path.is_dir() and os.name != "posix": return # only POSIX can sync a folder

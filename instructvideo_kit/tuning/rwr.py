@@ -15,8 +15,16 @@ import torch
 from ..files import need, need_one_of
 from .algorithm import Algorithm
 from .chains import branches
-from .rollouts import (
-    Rounds, SampledConfig, draw_clips, draw_timesteps, judge, prediction_errors, select, share_out)
+from instructvideo_kit.tuning.rollouts import (
+    Rounds,
+    SampledConfig,
+    draw_clips,
+    draw_timesteps,
+    judge,
+    prediction_errors,
+    select,
+    share_out,
+)
 from .stream import clip_order, draw_noise, example_generator, prompts_of, step_of
 
 # %% ../../nbs/tuning/23_rwr.ipynb #15d40fec

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ def kind_of(
 
 # %% ../../nbs/tuning/01_stream.ipynb #c1a7000c
 def hold_out(
-    clips:Sequence, # captions, (clip, caption), or a ClipFolder
+    clips:Any, # a sequence of captions, of (clip, caption), or a ClipFolder
     n:int=16, # captions at most
 )->tuple: # (clips with other captions, the captions)
     "Every eighth caption for evaluations, and the clips without them; KitError when there are not two different ones."
@@ -103,7 +104,7 @@ def hold_out(
     held = list(dict.fromkeys(prompts))[::8][:n]
     keep = [i for i, prompt in enumerate(prompts) if prompt not in held]
     found = f"{len(clips)} clips with {len(set(prompts))} different captions"
-    need(keep, f"{found}: one to hold out and one to tune on are needed; leave eval_every 0, or give more clips")
+    need(bool(keep), f"{found}: one to hold out and one to tune on are needed; leave eval_every 0, or give more clips")
     if not hasattr(clips, "captions"): return [clips[i] for i in keep], held
     lists = {name: [getattr(clips, name)[i] for i in keep] for name in ("paths", "captions", "infos")}
     return replace(clips, **lists, _cache={}), held

@@ -6,7 +6,9 @@
 __all__ = ['Callback', 'Trainer']
 
 # %% ../../nbs/tuning/04_trainer.ipynb #c4a70003
-import json, time, warnings
+import json
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
@@ -19,8 +21,14 @@ from accelerate.utils import gather_object, set_seed
 
 from .. import __version__
 from ..files import KitError
-from .process import (
-    make_accelerator, memory_mb, random_states, set_random_states, undisturbed, wants_split)
+from instructvideo_kit.tuning.process import (
+    make_accelerator,
+    memory_mb,
+    random_states,
+    set_random_states,
+    undisturbed,
+    wants_split,
+)
 from .run_folder import RunFolder, dump
 from .stream import positions_of
 
@@ -33,7 +41,9 @@ class Callback:
     def log(self, trainer:"Trainer", kind:str, row:dict): "A line has gone into the log."
     def save(self, trainer:"Trainer", folder:Path): "A checkpoint is being written."
     def load(self, trainer:"Trainer", folder:Path): "A checkpoint is being read."
-    def aside(self, trainer:"Trainer"): "A context around whatever looks at the policy."; return nullcontext()
+    def aside(self, trainer:"Trainer"):
+        "A context around whatever looks at the policy."
+        return nullcontext()
     def stop(self, trainer:"Trainer"): "The loop is over, or has failed."
     def finish(self, trainer:"Trainer"): "All steps are done: what is in the weights now is the result."
 
@@ -81,7 +91,8 @@ class Trainer:
     def update(self, micro_step:Callable)->dict:
         "One optimiser step; its numbers, averaged over processes. KitError on nan, before any weight moves."
         a, config = self.accelerator, self.config
-        mine = lambda micro: positions_of(self.step, micro, a.process_index, a.num_processes, config)
+        def mine(micro):
+            return positions_of(self.step, micro, a.process_index, a.num_processes, config)
         rows = [micro_step(mine(micro)) for micro in range(config.grad_accum)]
         values = [torch.tensor([float(v) for v in row.values()], dtype=torch.float32) for row in rows]
         row = dict(zip(rows[0], a.reduce(torch.stack(values).mean(0).to(a.device), "mean").tolist()))
@@ -138,9 +149,11 @@ class Trainer:
 
     def _read(self, folder):
         state = json.loads((folder/"state.json").read_text())
-        read = lambda name: torch.load(folder/name, weights_only=True, map_location="cpu")
+        def read(name):
+            return torch.load(folder/name, weights_only=True, map_location="cpu")
         if state["kit"] != __version__:
-            warnings.warn(f"{folder} was made by version {state['kit']}, this is {__version__}: steps may differ")
+            made = f"{folder} was made by version {state['kit']}, this is {__version__}"
+            warnings.warn(f"{made}: steps may differ", stacklevel=2)
         self.load_weights(folder)
         self.optimizer.load_state_dict(read("optimizer.pt"))
         self.step, states = state["step"], read("random.pt")

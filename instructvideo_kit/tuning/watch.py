@@ -96,4 +96,4 @@ def best_step(
 )->int|None: # a step; None while there is nothing to choose from
     "The step to go back to."
     fair = [row for row in rows if not row.get("warning") and ("second" in row or "reward" in row)]
-    return max(fair, key=lambda row: row.get("second", row.get("reward")))["step"] if fair else None
+    return max(fair, key=lambda row: row["second"] if "second" in row else row["reward"])["step"] if fair else None
