@@ -207,7 +207,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(folder):
         awake(policy)
         for k in range(accum): algorithm.step(positions_of(0, k, 0, 1, config))
         assert algorithm.updates == 1
-        gradients.append(torch.cat([p.grad.flatten() for p in lora_parameters(policy)])/accum)
+        gradients.append(torch.cat([p.grad.flatten() for p in lora_parameters(policy)]))
     assert gradients[0].norm() > 0 and (gradients[0] - gradients[1]).norm() < 1e-3*gradients[0].norm()
 
 
@@ -217,17 +217,33 @@ def test_cost_is_what_is_counted(folder, options):
     algorithm = made(policy, config)
     def count(m, args, out): calls.append(len(args[0])*(2 if torch.is_grad_enabled() else 1))
     policy.network.register_forward_hook(count)
-    for n in range(2): algorithm.step(positions_of(n, 0, 0, 1, config))
+    for n in range(2):
+        algorithm.step(positions_of(n, 0, 0, 1, config))
+        awake(policy) # an optimiser's step would have moved it too
     assert sum(calls) == NFT.step_cost(config)*config.batch*2
 
 
-def test_it_learns_redness_and_unlearns_it_with_the_sign_swapped(folder, tmp_path):
-    ends, config = {}, replace(SMALL, steps=24, batch=12, group_size=6, n_ddim=4, updates_per_round=3, save_every=24)
-    for sign in (1, -1):
-        def reward(frames, prompts, sign=sign): return sign*redness(frames, prompts).mean(1)
-        rows = tune("nft", open_policy(folder), reward, PROMPTS[:2], config, tmp_path/str(sign), progress=False).rows()
-        ends[sign] = sign*rows[-1]["reward"] - sign*rows[0]["reward"]
-    assert ends[1] > 0 > ends[-1]
+@pytest.mark.parametrize("sign", [1, -1])
+def test_updates_move_towards_the_good_clips_and_away_from_the_bad(folder, sign):
+    """On fixed clips and noise: the error falls on clips of high advantage, against those of low; reward is not asked,
+    as a random network would not turn it into redder clips. reproduction/smallest_world_nft.py asks that."""
+    policy = open_policy(folder)
+    algorithm = made(policy, SMALL)
+    x0, words = torch.randn(6, *policy.latent_shape, generator=torch.Generator().manual_seed(0)), PROMPTS*2
+    A = sign*torch.tensor([1., -1., 1., -1., 1., -1.])
+    def generators(): return [torch.Generator().manual_seed(i) for i in range(6)]
+    def margin():
+        eps = nft.draw_noise(policy.latent_shape, generators())
+        z_t = corrupt(x0, eps, policy.schedule.at(600))
+        with torch.no_grad(): guess = guesses(policy, z_t, 600, words, SMALL)[0]
+        errors = (guess - x0).square().flatten(1).mean(1)
+        return (errors[1::2].mean() - errors[::2].mean()).item() # how much better the even clips are told
+    before, adam = margin(), torch.optim.Adam(lora_parameters(policy), 1e-2)
+    for _ in range(15):
+        algorithm.at_time({"prompts": words, "z": x0, "advantage": A}, 600, generators(), 1.)
+        adam.step()
+        adam.zero_grad()
+    assert sign*(margin() - before) > 0
 
 
 @pytest.mark.parametrize("options, says", [
