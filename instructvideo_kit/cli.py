@@ -271,7 +271,8 @@ def train(
 ):
     "Train a model of the menagerie from nothing (hours for the policy, minutes for judge and oracle)."
     if part not in PARTS: raise KitError(f'--part is "{part}"; {near(part, PARTS)}')
-    if ship and not PARTS[part]: raise KitError("an autoencoder is shipped inside the policies: train one with --vae FOLDER")
+    if ship and not PARTS[part]:
+        raise KitError("an autoencoder is shipped inside the policies: train one with --vae FOLDER")
     prepare()
     folder = _train(part, out, steps, picture_steps, seed, start, vae)
     if ship:

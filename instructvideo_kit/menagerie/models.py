@@ -335,7 +335,8 @@ def new_parts(
     from diffusers import AutoencoderKL
     tokenizer = menagerie_tokenizer()
     opened = AutoencoderKL.from_pretrained(vae) if vae else train_autoencoder(folder / "autoencoder", vae_steps)
-    return dict(unet=new_unet(), text_encoder=new_text_encoder(tokenizer)), opened.float().requires_grad_(False), tokenizer
+    modules = dict(unet=new_unet(), text_encoder=new_text_encoder(tokenizer))
+    return modules, opened.float().requires_grad_(False), tokenizer
 
 # %% ../../nbs/menagerie/10_models.ipynb #6c946c8c
 def train_policy(
