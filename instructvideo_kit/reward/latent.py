@@ -83,7 +83,7 @@ class LatentReward(nn.Module):
     ):
         "Write the tower, and which image judge reads the captions."
         state = {k: v.detach().cpu().contiguous() for k, v in self.tower.state_dict().items()}
-        about = {"class": [type(self).__module__, type(self).__name__], "judge": self.source, "name": self.name,
+        about = {"class": ["instructvideo_kit.reward.latent", "LatentReward"], "judge": self.source, "name": self.name,
                  "channels": self.channels, "width": self.width}
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_atomic(Path(folder)/"tower.safetensors", save(state))
