@@ -1,4 +1,4 @@
-"""Votes in JupyterLab, by keyboard: ten pairs, one taken back, the page loaded anew, gone on, trained, best and worst looked at; and by touch, and in Voila."""
+"""Votes in JupyterLab, by keyboard: ten pairs, one taken back, the page loaded anew, gone on, trained; Voila."""
 import importlib.util, json
 import nbformat, pytest, torch
 from browser import jupyter_lab, missing, open_notebook, page, picture, run_all, until, voila
@@ -7,16 +7,20 @@ from instructvideo_kit.feedback.votes import read_votes
 
 if reason := missing(): pytest.skip(reason, allow_module_level=True)
 
-SHOW = "from instructvideo_kit.widgets.voting import FeedbackPage\nfeedback = FeedbackPage('pool', 'Ada', votes=24)\nfeedback"
+SHOW = ("from instructvideo_kit.widgets.voting import FeedbackPage\n"
+        "feedback = FeedbackPage('pool', 'Ada', votes=24)\nfeedback")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder, g = tmp_path_factory.mktemp("lab"), torch.Generator().manual_seed(0)
     across = torch.linspace(0, 1, 32)
-    clips = torch.rand(24, 1, 3, 1, 1, generator=g)*.6 + .3*(across + torch.linspace(0, 1, 8)[:, None])[None, :, None, None].expand(24, 8, 3, 32, 32)
-    make_pool(folder/"pool", clips.clamp(0, 1), [f"a fox walking to the left in the {place}" for place in ("meadow", "snow")]*12, range(24), "drawn")
+    clips = torch.rand(24, 1, 3, 1, 1, generator=g)*.6 + .3*(across + torch.linspace(0, 1, 8)[:, None])[None, :, None,
+        None].expand(24, 8, 3, 32, 32)
+    make_pool(folder/"pool", clips.clamp(0, 1),
+              [f"a fox walking to the left in the {place}" for place in ("meadow", "snow")]*12, range(24), "drawn")
     kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SHOW)], metadata=kernel), folder/"vote.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SHOW)], metadata=kernel),
+                   folder/"vote.ipynb")
     return folder
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,8 @@ def test_click_and_held_key(page, folder):
     page.wait_for_timeout(1000)
     assert len(read_votes(folder/"pool")) == before + 2
 
-def test_page_asked_nobody(page): assert [url for url in page.refused if "jupyter" not in url] == [] and page.problems == []
+def test_page_asked_nobody(page): assert [url for url in page.refused
+                                          if "jupyter" not in url] == [] and page.problems == []
 
 @pytest.mark.skipif(importlib.util.find_spec("voila") is None, reason="no voila: pip install -e '.[voila]'")
 def test_voila_page(page, folder, tmp_path):

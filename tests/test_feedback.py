@@ -1,4 +1,4 @@
-"Your own feedback: votes that survive, the loss against its definition, fits that say what they do not know, a reward that opens through every door."
+"Your own feedback: votes that survive, the loss by its definition, fits that admit what they do not know, the doors."
 import json, os, signal, subprocess, sys, time, warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
@@ -29,7 +29,8 @@ def test_probabilities_sum_to_one_and_are_those_of_the_loss(delta, k):
     assert p.sum().item() == pytest.approx(1, abs=1e-12) and (p >= 0).all()
     for i, vote in enumerate((1, -1, 0)):
         if vote == 0 and k < 1 + 1e-9: continue
-        if p[i] > 1e-12: assert preference_loss(d, [vote], k).item() == pytest.approx(-p[i].log().item(), rel=1e-6, abs=1e-9)
+        if p[i] > 1e-12:
+            assert preference_loss(d, [vote], k).item() == pytest.approx(-p[i].log().item(), rel=1e-6, abs=1e-9)
 
 
 @settings(deadline=None, max_examples=40)
@@ -44,7 +45,8 @@ def test_gradient_is_that_of_finite_differences(vote):
     d = torch.linspace(-6, 6, 13, dtype=torch.float64, requires_grad=True)
     gradient, = torch.autograd.grad(preference_loss(d, torch.full((13,), vote), 3.).sum(), d)
     h, x = 1e-5, d.detach()
-    slope = (preference_loss(x + h, torch.full((13,), vote), 3.) - preference_loss(x - h, torch.full((13,), vote), 3.))/(2*h)
+    slope = (preference_loss(x + h, torch.full((13,), vote), 3.) - preference_loss(x - h, torch.full((13,), vote),
+        3.))/(2*h)
     assert torch.allclose(gradient, slope, atol=1e-8)
 
 
@@ -107,7 +109,8 @@ def test_a_kill_at_any_vote_loses_none_that_was_answered(tmp_path, after):
 
 def test_undo_replace_merge(tmp_path):
     here, there = tmp_path/"here", tmp_path/"there"
-    fv.cast_vote(here, "Ada", ("a", "b"), "first"); fv.cast_vote(here, "Ada", ("a", "b"), "second"); fv.cast_vote(here, "Ada", ("c", "d"), "same")
+    fv.cast_vote(here, "Ada", ("a", "b"), "first"); fv.cast_vote(here, "Ada", ("a", "b"), "second"); fv.cast_vote(here,
+        "Ada", ("c", "d"), "same")
     fv.cast_vote(there, "Emmy", ("a", "b"), "first")
     before = fv.rater_file(here, "Ada").read_text()
     fv.undo_vote(here, "Ada")
@@ -125,10 +128,14 @@ def test_agreement_by_definition(pairs):
     "Kappa and alpha against loops over pairs of answers."
     a, b = zip(*pairs)
     expected = np.mean([x == y for x in a for y in b])
-    if expected < 1: assert fv.cohen_kappa(a, b) == pytest.approx((np.mean([x == y for x, y in pairs]) - expected)/(1 - expected))
+    if expected < 1:
+        assert fv.cohen_kappa(a, b) == pytest.approx((np.mean([x == y for x, y in pairs]) - expected)/(1 - expected))
     everything = [*a, *b]
-    chance = np.mean([everything[i] != everything[j] for i in range(len(everything)) for j in range(len(everything)) if i != j])
-    if chance: assert fv.krippendorff_alpha([list(p) for p in pairs]) == pytest.approx(1 - np.mean([x != y for x, y in pairs])/chance)
+    chance = np.mean([everything[i] != everything[j] for i in range(len(everything)) for j in range(len(everything))
+                      if i != j])
+    if chance:
+        assert fv.krippendorff_alpha([list(p) for p in pairs]) == pytest.approx(1
+            - np.mean([x != y for x, y in pairs])/chance)
 
 
 # --- pool
@@ -142,8 +149,10 @@ def test_votes_for_clips_that_are_gone_or_of_another_model(tmp_path):
     pool = make_pool(tmp_path, drawn(4), list("aabb"), model="mine")
     fv.cast_vote(tmp_path, "Ada", pool.names[:2], "first", model="mine")
     fv.cast_vote(tmp_path, "Ada", ("0"*10, pool.names[0]), "first", model="hers")
-    with pytest.warns(UserWarning, match="1 of 2 votes .* hers"): assert len(votes_in_pool(fv.read_votes(tmp_path), pool)) == 1
-    with pytest.raises(KitError, match="not in this pool"): votes_in_pool([v for v in fv.read_votes(tmp_path) if v["model"] == "hers"], pool)
+    with pytest.warns(UserWarning, match="1 of 2 votes .* hers"):
+        assert len(votes_in_pool(fv.read_votes(tmp_path), pool)) == 1
+    with pytest.raises(KitError, match="not in this pool"):
+        votes_in_pool([v for v in fv.read_votes(tmp_path) if v["model"] == "hers"], pool)
     (tmp_path/"clips.safetensors").write_bytes(b"x")
     with pytest.raises(KitError, match="cannot be read"): Pool.open(tmp_path)
 
@@ -166,7 +175,9 @@ def said(phi, n, seed=0, k=2., noise=0., sign=1.):
 def test_more_votes_are_better_and_the_fit_is_fast():
     phi, test = world(), said(world(), 400, 9)
     scores, began = [], time.process_time()
-    for n in (20, 80, 320): scores.append(np.mean([accuracy(fit_votes(phi, *said(phi, n, s), BLOCKS), phi, *test)["accuracy"] for s in range(2)]))
+    for n in (20, 80, 320):
+        scores.append(np.mean([accuracy(fit_votes(phi, *said(phi, n, s), BLOCKS), phi, *test)["accuracy"]
+                               for s in range(2)]))
     assert (time.process_time() - began)/6 < 2 # seconds for each fit
     assert scores[0] < scores[-1] and scores[-1] > .88
 
@@ -174,7 +185,8 @@ def test_more_votes_are_better_and_the_fit_is_fast():
 def test_noise_and_k_are_found():
     phi = world()
     clean, noisy = (fit_votes(phi, *said(phi, 400, 1, 2., e), BLOCKS) for e in (0., .4))
-    assert clean.noise < .06 and noisy.noise > 2*clean.noise # a weak taste and carelessness look alike: the estimate is low
+    # a weak taste and carelessness look alike: the estimate is low
+    assert clean.noise < .06 and noisy.noise > 2*clean.noise
     assert clean.against < .1 and noisy.against > max(.14, 2*clean.against)
     assert fit_votes(phi, *said(phi, 400, 1, 1.2), BLOCKS).k < fit_votes(phi, *said(phi, 400, 1, 6.), BLOCKS).k
 
@@ -198,7 +210,8 @@ def test_without_votes_it_is_the_shipped_judge_and_few_votes_do_not_turn_it_roun
 def test_bad_votes_are_refused():
     phi = world()
     with pytest.raises(KitError, match="no votes"): fit_votes(phi, [], [], [], BLOCKS)
-    with pytest.raises(KitError, match='all 3 votes are "same"'): fit_votes(phi, [0, 1, 2], [3, 4, 5], [0, 0, 0], BLOCKS)
+    with pytest.raises(KitError, match='all 3 votes are "same"'):
+        fit_votes(phi, [0, 1, 2], [3, 4, 5], [0, 0, 0], BLOCKS)
     told = fit_report(prior_head(phi, BLOCKS), ["one"]*4, [1, -1], None)
     assert any("one caption" in t for t in told) and any("too few" in t for t in told)
 
@@ -251,7 +264,8 @@ def test_portrait_tells_the_taste_and_admits_what_it_cannot_know():
 def session(tmp_path_factory):
     from instructvideo_kit.feedback.session import VoteSession
     folder = tmp_path_factory.mktemp("feedback")/"pool"
-    make_pool(folder, drawn(20, size=24), [f"a fox walking to the left in the {p}" for p in ("meadow", "snow")]*10, model="drawn")
+    make_pool(folder, drawn(20, size=24), [f"a fox walking to the left in the {p}" for p in ("meadow", "snow")]*10,
+              model="drawn")
     session = VoteSession(folder, "Ada", votes=16)
     ada = SimulatedRater("Ada", warmth).look(session.pool.pixels(), session.pool.captions)
     while (pair := session.pair()) is not None: session.vote(ada.answer(*pair))
@@ -263,16 +277,19 @@ def test_reward_opens_through_every_door_and_has_a_gradient(session, tmp_path):
     from instructvideo_kit.reward.videoscore import VideoScoreReward
     reward = session.reward(session.fit())
     reward.save_pretrained(tmp_path/"mine")
-    clips, words = session.pool.pixels([0, 1])*.8 + .1, session.pool.captions[:2] # away from 0 and 1, where clamping would bend the slope
+    # away from 0 and 1, where clamping would bend the slope
+    clips, words = session.pool.pixels([0, 1])*.8 + .1, session.pool.captions[:2]
     for door in (ClipReward, VideoScoreReward):
         again = door.from_pretrained(tmp_path/"mine")
-        assert torch.allclose(again(clips, words), reward(clips, words), atol=1e-5) and again(clips, words).shape == (2, 4)
+        assert torch.allclose(again(clips, words), reward(clips, words), atol=1e-5) and again(clips,
+            words).shape == (2, 4)
     x = clips.clone().requires_grad_()
     reward(x, words).sum().backward()
     assert torch.isfinite(x.grad).all() and (x.grad.abs().amax((2, 3, 4)) > 0).all()
     exact = ClipReward.from_pretrained(tmp_path/"mine", dtype=torch.float64)
     x = clips.double().requires_grad_()
-    direction, h = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 2e-5 # small: features that change have kinks
+    # small: features that change have kinks
+    direction, h = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 2e-5
     slope = (torch.autograd.grad(exact.score(x, words).sum(), x)[0]*direction).sum().item()
     step = lambda h: exact.score(x.detach() + h*direction, words).sum().item()
     assert (step(h) - step(-h))/(2*h) == pytest.approx(slope, rel=.03, abs=.03)

@@ -26,13 +26,15 @@ def blind_pairs(
 )->tuple: # (Pool, plan: list of dicts with pair, clips (first, second), caption, tuned: "first" or "second")
     "Blinded pairs; clips that tuning did not change are left out. KitError when shapes differ or nothing changed."
     if tuple(before.shape) != tuple(after.shape) or len(before) != len(captions):
-        raise KitError(f"before {tuple(before.shape)}, after {tuple(after.shape)}, {len(captions)} captions: expected as many of each, of one shape")
+        found = f"before {tuple(before.shape)}, after {tuple(after.shape)}, {len(captions)} captions"
+        raise KitError(f"{found}: expected as many of each, of one shape")
     changed = [i for i in range(len(captions)) if not torch.equal((before[i]*255).round(), (after[i]*255).round())]
     if not changed: raise KitError("no clip changed: was the LoRA loaded?")
     rng = np.random.default_rng(seed)
     chosen = [changed[i] for i in rng.permutation(len(changed))[:n]]
     pool = make_pool(folder, torch.cat([before[chosen], after[chosen]]), [captions[i] for i in chosen]*2, model="blind")
-    if len(pool) != 2*len(chosen): raise KitError("some of these clips are the same for different captions; give captions that differ")
+    if len(pool) != 2*len(chosen):
+        raise KitError("some of these clips are the same for different captions; give captions that differ")
     m, plan = len(chosen), []
     for j, i in enumerate(chosen):
         tuned = ("first", "second")[int(rng.random() < .5)]
@@ -54,7 +56,8 @@ class WinRate:
     def __str__(self):
         n = self.wins + self.same + self.losses
         verdict = "preferred" if self.low > .5 else "disliked" if self.high < .5 else "no difference can be told"
-        return f"won {self.wins}, same {self.same}, lost {self.losses} of {n}: {100*self.rate:.0f} % ({100*self.low:.0f} .. {100*self.high:.0f}), {verdict}"
+        share = f"{100*self.rate:.0f} % ({100*self.low:.0f} .. {100*self.high:.0f})"
+        return f"won {self.wins}, same {self.same}, lost {self.losses} of {n}: {share}, {verdict}"
 
 def wilson(
     won:float, # of n; halves are allowed
@@ -62,7 +65,8 @@ def wilson(
     z:float=1.959964, # 95 %
 )->tuple: # (low, high)
     "Wilson's interval of a share; ValueError for n < 1 or more wins than pairs."
-    if n < 1 or not 0 <= won <= n: raise ValueError(f"{won} wins of {n} pairs: expected at least one pair and no more wins than pairs")
+    if n < 1 or not 0 <= won <= n:
+        raise ValueError(f"{won} wins of {n} pairs: expected at least one pair and no more wins than pairs")
     p, middle = won/n, won/n + z**2/(2*n)
     reach = z*math.sqrt(p*(1 - p)/n + z**2/(4*n**2))
     return (middle - reach)/(1 + z**2/n), (middle + reach)/(1 + z**2/n)

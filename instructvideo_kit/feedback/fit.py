@@ -23,8 +23,9 @@ def directions(
     shipped:int=2, # how many of them are scores of shipped judges
     most:int=48, # directions beside the first
 )->tuple: # (centre (D,), scale (D,), basis (D, d)), float64
-    "Where the pool's clips differ: the shipped score, then principal directions; ValueError for blocks that do not add up."
-    if sum(blocks) != features.shape[1]: raise ValueError(f"blocks of widths {list(blocks)} make {sum(blocks)} columns, the features have {features.shape[1]}")
+    "The shipped score, then the pool's principal directions; ValueError for blocks that do not add up."
+    if sum(blocks) != features.shape[1]:
+        raise ValueError(f"blocks {list(blocks)} make {sum(blocks)} columns, the features have {features.shape[1]}")
     x = features.double()
     centre, scale = x.mean(0), x.std(0).clamp(min=1e-6)
     weight = torch.cat([torch.full((n,), n**-.5, dtype=torch.float64) for n in blocks])
@@ -79,13 +80,15 @@ def newton(
         gradient = x.T @ (rho*first) + precision*(w - w0)
         hessian = (x.T*(rho*second)) @ x + np.diag(precision)
         step = np.linalg.solve(hessian, gradient)
-        w -= step*min(1., 5/max(1e-9, np.abs(x @ step).max(initial=0.))) # no vote's difference moves by more than 5 nats at once
+        # no vote's difference moves by more than 5 nats at once
+        w -= step*min(1., 5/max(1e-9, np.abs(x @ step).max(initial=0.)))
         if np.abs(step).max() < 1e-6: break
     return w, hessian
 
 # %% ../../nbs/feedback/04_fit.ipynb #e135d36b
 KS = np.exp(np.linspace(math.log(1.05), math.log(30), 60)) # tried for k
-PRIOR_K, PRIOR_NOISE = (math.log(2.), .8), (1., 9.) # mean and deviation of log k; careless and careful votes seen before
+# mean and deviation of log k; careless and careful votes seen before
+PRIOR_K, PRIOR_NOISE = (math.log(2.), .8), (1., 9.)
 
 def careful(
     delta, # (n,)
@@ -128,7 +131,8 @@ def check_votes(
 ):
     "KitError for votes nothing can be learnt from."
     if len(vote) == 0: raise KitError("there are no votes; look at some pairs and vote first")
-    if bool((torch.as_tensor(vote) == 0).all()): raise KitError(f'all {len(vote)} votes are "same": they say nothing about what is better; vote on pairs that differ')
+    if bool((torch.as_tensor(vote) == 0).all()):
+        raise KitError(f'all {len(vote)} votes are "same": they do not say what is better; vote on pairs that differ')
 
 def fit_votes(
     features:torch.Tensor, # (m, D) of the pool
@@ -143,7 +147,8 @@ def fit_votes(
     first, second, vote = (torch.as_tensor(v, dtype=torch.long) for v in (first, second, vote))
     check_votes(first, second, vote)
     frame = frame or directions(features, blocks, shipped)
-    head = Head(*frame, torch.zeros(frame[2].shape[1], dtype=torch.float64), torch.eye(frame[2].shape[1], dtype=torch.float64))
+    head = Head(*frame, torch.zeros(frame[2].shape[1], dtype=torch.float64),
+                torch.eye(frame[2].shape[1], dtype=torch.float64))
     z = head.coordinates(features.double())
     x, vote = (z[first] - z[second]).numpy(), vote.numpy()
     found = [(_solve(x, vote, *_prior(x.shape[1], c, s)), c, s) for s in WIDTHS for c in SHIPPED]
@@ -161,7 +166,7 @@ def _prior(d, c, s):
     return w0, np.full(d, 1/s**2)
 
 def _belief(c, s):
-    "Log probability, before the votes, that the shipped judge counts c and a direction s: near 1 and 2, so that one vote does not turn the judge round."
+    "Log probability of c and s before the votes: near 1 and 2, so that one vote does not turn the judge round."
     return -.5*((c - 1)/.5)**2 - .5*math.log(s/2)**2
 
 def prior_head(
@@ -173,7 +178,8 @@ def prior_head(
     "What is believed before the first vote: the shipped judge, and little of that."
     centre, scale, basis = frame or directions(features, blocks, shipped)
     w0, precision = _prior(basis.shape[1], 1., 1.)
-    return Head(centre, scale, basis, torch.from_numpy(w0), torch.diag(torch.from_numpy(precision**-.5)), k=2., noise=.1)
+    return Head(centre, scale, basis, torch.from_numpy(w0), torch.diag(torch.from_numpy(precision**-.5)), k=2.,
+                noise=.1)
 
 # %% ../../nbs/feedback/04_fit.ipynb #1f9ded12
 def predicted(
@@ -224,8 +230,10 @@ def cross_validated(
     first, second, vote = (torch.as_tensor(v, dtype=torch.long) for v in (first, second, vote))
     decided = int((vote != 0).sum())
     if decided < 10: raise KitError(f"{decided} decided votes: too few to hold some out, expected 10 or more")
-    frame, fold = directions(features, blocks, shipped), torch.from_numpy(np.random.default_rng(seed).permutation(len(vote)) % folds)
-    heads = [fit_votes(features, first[fold != i], second[fold != i], vote[fold != i], blocks, shipped, frame) for i in range(folds)]
+    frame, fold = directions(features, blocks,
+                             shipped), torch.from_numpy(np.random.default_rng(seed).permutation(len(vote)) % folds)
+    heads = [fit_votes(features, first[fold != i], second[fold != i], vote[fold != i], blocks, shipped, frame)
+             for i in range(folds)]
     parts = [(head, fold == i) for i, head in enumerate(heads) if bool((vote[fold == i] != 0).any())]
     found = [accuracy(head, features, first[held], second[held], vote[held]) for head, held in parts]
     n = sum(f["pairs"] for f in found)
@@ -250,12 +258,18 @@ def fit_report(
     "What a fit found, and what speaks against trusting it."
     vote = torch.as_tensor(vote)
     same = (vote == 0).double().mean().item()
-    told = [f'{len(vote)} votes, {100*same:.0f} % "same" (k = {head.k:.1f}), about {100*head.noise:.0f} % careless; {100*head.against:.0f} % of the decided votes contradict the reward that fits them best']
+    against = f"{100*head.against:.0f} % of the decided votes contradict the reward that fits them best"
+    ties = f'{100*same:.0f} % "same" (k = {head.k:.1f})'
+    told = [f'{len(vote)} votes, {ties}, about {100*head.noise:.0f} % careless; {against}']
     if crossed:
         error = math.sqrt(crossed["accuracy"]*(1 - crossed["accuracy"])/crossed["pairs"])
-        told.append(f'right on {100*crossed["accuracy"]:.0f} % of held-out votes (+- {196*error:.0f}), calibration error {crossed["calibration"]:.2f}')
-        if crossed["accuracy"] - 1.96*error < .5: told.append("that cannot be told from a coin: vote on more pairs before you tune with it")
+        right = f'right on {100*crossed["accuracy"]:.0f} % of held-out votes (+- {196*error:.0f})'
+        told.append(f'{right}, calibration error {crossed["calibration"]:.2f}')
+        if crossed["accuracy"] - 1.96*error < .5:
+            told.append("that cannot be told from a coin: vote on more pairs before you tune with it")
     else: told.append("too few votes to hold some out: nobody knows yet how right it is")
-    if max(head.noise, head.against) > .25: told.append("the votes contradict each other; are two tastes mixed, or the pairs too alike?")
-    if len(set(captions)) == 1: told.append(f'all clips have one caption ("{captions[0]}"): nothing says that the taste holds for others')
+    if max(head.noise, head.against) > .25:
+        told.append("the votes contradict each other; are two tastes mixed, or the pairs too alike?")
+    if len(set(captions)) == 1:
+        told.append(f'all clips have one caption ("{captions[0]}"): nothing says that the taste holds for others')
     return told

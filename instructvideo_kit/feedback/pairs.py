@@ -33,7 +33,8 @@ def candidate_pairs(
     asked = {min(a, b)*n + max(a, b) for a, b in taken}
     free = ~np.isin(first*n + second, list(asked))
     pairs = np.stack([first, second], 1)[free]
-    if not len(pairs): raise KitError(f"every pair {'of one caption ' if within else ''}has been asked; draw more clips")
+    if not len(pairs):
+        raise KitError(f"every pair {'of one caption ' if within else ''}has been asked; draw more clips")
     pairs = pairs[rng.permutation(len(pairs))[:most]]
     swap = rng.random(len(pairs)) < .5
     return torch.from_numpy(np.where(swap[:, None], pairs[:, ::-1], pairs).copy())
@@ -70,7 +71,7 @@ def active_pairs(
     n:int=5, # pairs
     random_share:float=.2, # of them are the first candidates instead
 )->torch.Tensor: # (min(n, m), 2)
-    "Pairs whose answers tell most about the weights, each given the ones before; ValueError for a share outside [0, 1]."
+    "Pairs whose answers tell most about the weights, each given those before; ValueError for a share outside [0, 1]."
     if not 0 <= random_share <= 1: raise ValueError(f"random_share is {random_share}, expected 0 to 1")
     n = min(n, len(candidates))
     chosen = list(range(int(n*random_share)))
@@ -86,7 +87,7 @@ def active_pairs(
     return candidates[chosen]
 
 def _as_if_answered(spread, mean, i):
-    "The spread of all pairs once pair i has an answer: the covariance loses h S x x'S/(1 + h x'S x), h the expected curvature of the loss."
+    "Spread once pair i has an answer: the covariance loses h S x x'S/(1 + h x'S x), h the loss's expected curvature."
     a = spread[i]
     variance = a @ a
     if variance < 1e-12: return spread

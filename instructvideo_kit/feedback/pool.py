@@ -55,16 +55,22 @@ class Pool:
         folder = Path(folder)
         about = _about(folder)
         try: clips = load_file(folder/"clips.safetensors")["clips"]
-        except Exception as error: raise KitError(f'"{folder}/clips.safetensors" cannot be read: {str(error).splitlines()[0]}') from None
-        if len(clips) != len(about["names"]): raise KitError(f'"{folder}" has {len(clips)} clips and {len(about["names"])} names; draw it again')
+        except Exception as error:
+            problem = str(error).splitlines()[0]
+            raise KitError(f'"{folder}/clips.safetensors" cannot be read: {problem}') from None
+        if len(clips) != len(about["names"]):
+            raise KitError(f'"{folder}" has {len(clips)} clips and {len(about["names"])} names; draw it again')
         return cls(folder, about["names"], about["captions"], about["seeds"], about["model"], clips, about["fps"])
 
 def _about(folder):
     "pool.json, or KitError."
     try: about = json.loads((folder/"pool.json").read_text(encoding="utf-8"))
-    except OSError: raise KitError(f'"{folder}" holds no pool (no pool.json); draw one: instructvideo-kit feedback collect {folder}') from None
+    except OSError:
+        todo = f"draw one: instructvideo-kit feedback collect {folder}"
+        raise KitError(f'"{folder}" holds no pool (no pool.json); {todo}') from None
     except ValueError as error: raise KitError(f'"{folder}/pool.json" is damaged: {error}') from None
-    if about.get("version") != POOL_VERSION: raise KitError(f'"{folder}/pool.json" has version {about.get("version")}, expected {POOL_VERSION}')
+    if about.get("version") != POOL_VERSION:
+        raise KitError(f'"{folder}/pool.json" has version {about.get("version")}, expected {POOL_VERSION}')
     return about
 
 # %% ../../nbs/feedback/02_pool.ipynb #117dd7a2
@@ -76,16 +82,19 @@ def make_pool(
     model:str="", # that drew them
     fps:float=8.0, # frames a second
 )->Pool:
-    "Write a pool; a clip that occurs twice is kept once. KitError when the folder holds a pool, or fewer than two different clips are given."
+    "Write a pool; a clip that occurs twice is kept once. KitError for a folder with a pool, or below two clips."
     folder = Path(folder)
-    if (folder/"pool.json").exists(): raise KitError(f'"{folder}" holds a pool; give a new folder, or go on with the clips that are there')
-    if len(clips) != len(captions): raise KitError(f"{len(clips)} clips and {len(captions)} captions; expected one each")
+    if (folder/"pool.json").exists():
+        raise KitError(f'"{folder}" holds a pool; give a new folder, or go on with the clips that are there')
+    if len(clips) != len(captions):
+        raise KitError(f"{len(clips)} clips and {len(captions)} captions; expected one each")
     bits = _eight_bits(torch.as_tensor(clips))
     names = [clip_name(clip) for clip in bits]
     keep = [i for i, name in enumerate(names) if name not in names[:i]]
     if len(keep) < 2: raise KitError(f"{len(keep)} different clips; a pair takes two")
     seeds = [None]*len(names) if seeds is None else list(seeds)
-    about = dict(version=POOL_VERSION, model=model, fps=fps, names=[names[i] for i in keep], captions=[captions[i] for i in keep], seeds=[seeds[i] for i in keep])
+    about = dict(version=POOL_VERSION, model=model, fps=fps, names=[names[i] for i in keep],
+                 captions=[captions[i] for i in keep], seeds=[seeds[i] for i in keep])
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder/"clips.safetensors") as beside: save_file({"clips": bits[keep].contiguous()}, beside)
     write_atomic(folder/"pool.json", json.dumps(about, indent=1, ensure_ascii=False))
@@ -103,7 +112,8 @@ def draw_pool(
     progress:bool=True, # show a bar with the time left
 )->Pool:
     "Draw clips from a policy and make a pool of them; KitError for no captions, before anything is drawn."
-    if (Path(folder)/"pool.json").exists(): raise KitError(f'"{folder}" holds a pool; give a new folder, or go on with the clips that are there')
+    if (Path(folder)/"pool.json").exists():
+        raise KitError(f'"{folder}" holds a pool; give a new folder, or go on with the clips that are there')
     captions = list(dict.fromkeys(captions))
     if not captions: raise KitError("there are no captions to draw clips for; give at least one")
     jobs = [(caption, n) for caption in captions for n in range(per_caption)]
@@ -123,7 +133,8 @@ def votes_in_pool(
     gone = [v for v in votes if not known.issuperset(v["clips"])]
     if not gone: return kept
     models = sorted({v.get("model") or "?" for v in gone})
-    told = f'{len(gone)} of {len(votes)} votes are for clips that are not in this pool (drawn by {", ".join(models)}; the pool by {pool.model or "?"})'
+    drawn = f'(drawn by {", ".join(models)}; the pool by {pool.model or "?"})'
+    told = f"{len(gone)} of {len(votes)} votes are for clips that are not in this pool {drawn}"
     if not kept: raise KitError(f"{told}; give the folder that they were cast in")
     warnings.warn(f"{told}: they are left out")
     return kept

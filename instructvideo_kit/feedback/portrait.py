@@ -31,7 +31,8 @@ class Trait:
 
     def __str__(self):
         verdict = ("likes it" if self.low > 0 else "dislikes it") if self.told else "cannot be told"
-        return f"{self.name:16s} {self.correlation:+.2f} ({self.low:+.2f} .. {self.high:+.2f})  {verdict:15s} shipped judge {self.shipped:+.2f}"
+        found = f"{self.correlation:+.2f} ({self.low:+.2f} .. {self.high:+.2f})"
+        return f"{self.name:16s} {found}  {verdict:15s} shipped judge {self.shipped:+.2f}"
 
 @dataclass
 class Portrait:
@@ -45,8 +46,10 @@ class Portrait:
     def __str__(self):
         lines = [str(t) for t in self.traits]
         known = [t for t in self.traits if t.told]
-        if not known: lines.append(f"{self.votes} votes are not enough to tell what you like: no attribute's interval leaves 0 out")
-        elif (left := len(self.traits) - len(known)): lines.append(f"of {left} attributes {self.votes} votes cannot tell")
+        if not known:
+            lines.append(f"{self.votes} votes are not enough to tell what you like: every interval holds 0")
+        elif (left := len(self.traits)
+              - len(known)): lines.append(f"of {left} attributes {self.votes} votes cannot tell")
         return "\n".join([*lines, f"correlation with the shipped judge {self.alike:+.2f}"])
 
 # %% ../../nbs/feedback/07_portrait.ipynb #c12aa526
@@ -73,7 +76,8 @@ def portrait(
     rng = np.random.default_rng(seed)
     again = torch.from_numpy(rng.integers(0, len(clips), (draws, len(clips))))
     drawn = head.draws(features.double(), draws, seed).gather(1, again)
-    traits = [_trait(name, values(clips, captions), reward, shipped, drawn, again) for name, values in {**ATTRIBUTES, **(more or {})}.items()]
+    traits = [_trait(name, values(clips, captions), reward, shipped, drawn, again) for name,
+              values in {**ATTRIBUTES, **(more or {})}.items()]
     traits.sort(key=lambda t: -abs(t.correlation))
     return Portrait(order[:show], order[::-1][:show], traits, _correlation(reward, shipped).item(), head.votes)
 
@@ -85,7 +89,8 @@ def _trait(name, values, reward, shipped, drawn, again):
     "One line of the portrait."
     values = torch.as_tensor(values).double()
     low, high = np.quantile(_correlation(drawn, values[again]).numpy(), (.025, .975))
-    return Trait(name, _correlation(reward, values).item(), float(low), float(high), _correlation(shipped, values).item())
+    return Trait(name, _correlation(reward, values).item(), float(low), float(high),
+                 _correlation(shipped, values).item())
 
 # %% ../../nbs/feedback/07_portrait.ipynb #2b105531
 def portrait_picture(

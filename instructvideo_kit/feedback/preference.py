@@ -34,7 +34,7 @@ def preference_loss(
     vote, # (n,) 1: first, -1: second, 0: same
     k:float=5.0, # at least 1; 1: Bradley-Terry without ties
 )->torch.Tensor: # (n,) nats per pair
-    "Negative log-likelihood of Rao-Kupper's model; ValueError for k < 1, other votes, a tie with k = 1, or shapes that differ."
+    "Rao-Kupper's negative log-likelihood; ValueError for k < 1, other votes, a tie with k = 1, shapes that differ."
     check_k(k)
     vote = torch.as_tensor(vote, device=delta.device)
     _check_votes(delta, vote, k)
@@ -50,9 +50,11 @@ def _log_k2_minus_1(log_k):
 
 def _check_votes(delta, vote, k):
     "ValueError for what `preference_loss` cannot read."
-    if vote.shape != delta.shape: raise ValueError(f"{tuple(vote.shape)} votes for {tuple(delta.shape)} differences; expected one each")
+    if vote.shape != delta.shape:
+        raise ValueError(f"{tuple(vote.shape)} votes for {tuple(delta.shape)} differences; expected one each")
     strange = vote[(vote != 1) & (vote != -1) & (vote != 0)]
-    if strange.numel(): raise ValueError(f"a vote is {strange[0].item():g}; expected 1 (first), -1 (second) or 0 (same)")
+    if strange.numel():
+        raise ValueError(f"a vote is {strange[0].item():g}; expected 1 (first), -1 (second) or 0 (same)")
     if bool((vote == 0).any()) and bool(torch.as_tensor(k).eq(1).any()):
         raise ValueError('a vote is "same" (0) and k is 1, where ties do not occur; give k > 1 or leave ties out')
 
@@ -61,7 +63,8 @@ def k_from_share(
     same:float, # share of "same" among the votes, in [0, 1)
 )->float: # at least 1
     "The k at which equal clips are called the same that often; ValueError outside [0, 1)."
-    if not 0 <= same < 1: raise ValueError(f'the share of "same" is {same}, expected at least 0 and below 1: with nothing but ties there is no k')
+    if not 0 <= same < 1:
+        raise ValueError(f'the share of "same" is {same}, expected 0 up to below 1: with ties alone there is no k')
     return (1 + same)/(1 - same)
 
 # %% ../../nbs/feedback/01_preference.ipynb #657829c4

@@ -45,7 +45,8 @@ def subject_share(
     usual = clips.median(dim=-1, keepdim=True).values
     return ((clips - usual).abs().amax(2) > away).float().mean((1, 2, 3))
 
-ATTRIBUTES = {"warm colours": warmth, "darkness": darkness, "motion": motion, "sharpness": sharpness, "colourfulness": colourfulness, "large subject": subject_share}
+ATTRIBUTES = {"warm colours": warmth, "darkness": darkness, "motion": motion, "sharpness": sharpness,
+              "colourfulness": colourfulness, "large subject": subject_share}
 
 # %% ../../nbs/feedback/06_raters.ipynb #dafb766a
 TASTES = ("warm", "large", "night", "slow", "contrary")
@@ -69,7 +70,8 @@ def standard(
 )->torch.Tensor: # (n,) float64: mean 0, deviation 1
     "One scale for all tastes; KitError when all clips are the same to it."
     values = torch.as_tensor(values).double()
-    if len(values) < 2 or not values.std() > 1e-9: raise KitError("to this taste all clips of the pool are the same; draw others")
+    if len(values) < 2 or not values.std() > 1e-9:
+        raise KitError("to this taste all clips of the pool are the same; draw others")
     return (values - values.mean())/values.std()
 
 @dataclass

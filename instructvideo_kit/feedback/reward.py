@@ -40,7 +40,8 @@ class JudgeFeatures(nn.Module):
         video=None, # VideoScoreReward
     ):
         super().__init__()
-        if image is None and video is None: raise ValueError("there is no judge to take features from; give an image judge, a video judge, or both")
+        if image is None and video is None:
+            raise ValueError("there is no judge to take features from; give an image judge, a video judge, or both")
         self.image, self.video = image, video
 
     @property
@@ -98,7 +99,8 @@ class JudgeFeatures(nn.Module):
         for judge in (self.image, self.video):
             for key, value in ({} if judge is None else judge.model.state_dict()).items():
                 some = value.detach().float().flatten()
-                digest.update(f"{key} {tuple(value.shape)} {some.sum().item():.4g} {some[0].item() if len(some) else 0:.4g}".encode())
+                start = some[0].item() if len(some) else 0
+                digest.update(f"{key} {tuple(value.shape)} {some.sum().item():.4g} {start:.4g}".encode())
         return digest.hexdigest()[:12]
 
     @classmethod
@@ -116,7 +118,7 @@ class JudgeFeatures(nn.Module):
 # %% ../../nbs/feedback/03_reward.ipynb #70cde6cd
 @dataclass
 class Head:
-    "A linear reward on features, and what is known about its weights: w_full = basis @ (mean + factor @ standard normal)."
+    "A linear reward on features; its weights under the posterior: basis @ (weights + factor @ standard normal)."
     centre: torch.Tensor # (D,) m
     scale: torch.Tensor # (D,) s
     basis: torch.Tensor # (D, d) directions
@@ -131,7 +133,8 @@ class Head:
         features, # (n, D)
     )->torch.Tensor: # (n, d)
         "Features along the directions of the head; ValueError for features of another width."
-        if features.shape[-1] != len(self.centre): raise ValueError(f"features of width {features.shape[-1]}, the head reads {len(self.centre)}")
+        if features.shape[-1] != len(self.centre):
+            raise ValueError(f"features of width {features.shape[-1]}, the head reads {len(self.centre)}")
         move = lambda x: x.to(features)
         return (features - move(self.centre))/move(self.scale) @ move(self.basis)
 
@@ -153,7 +156,7 @@ class Head:
 
 # %% ../../nbs/feedback/03_reward.ipynb #1d1eb931
 class VoteReward(nn.Module):
-    "A reward learnt from votes: (frames (b, s, 3, h, w) in [0, 1], prompts) -> (b, s), the clip's nats at each frame; differentiable."
+    "Learnt from votes: (frames (b, s, 3, h, w) in [0, 1], prompts) -> (b, s), the clip's nats at each frame."
     def __init__(self,
         features, # JudgeFeatures
         head, # Head
@@ -186,7 +189,8 @@ class VoteReward(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: getattr(head, k).contiguous() for k in ("centre", "scale", "basis", "weights", "factor")}
         with atomic(folder/"head.safetensors") as beside: save_file(tensors, beside)
-        about = {"class": ["instructvideo_kit.feedback.reward", "VoteReward"], "name": self.name, "judges": self.judges, "stamp": self.features.stamp()}
+        about = {"class": ["instructvideo_kit.feedback.reward", "VoteReward"], "name": self.name,
+                 "judges": self.judges, "stamp": self.features.stamp()}
         about |= dict(k=head.k, noise=head.noise, votes=head.votes)
         write_atomic(folder/"kit.json", json.dumps(about, indent=1))
         return folder
@@ -199,12 +203,14 @@ class VoteReward(nn.Module):
         features=None, # JudgeFeatures that are open already
         **unused, # options of other rewards (dim, n_segments ...), which mean nothing here
     )->"VoteReward":
-        "Open a reward made from votes; KitError when it is damaged, or its judges are no longer those it was fitted on."
+        "Open a reward made from votes; KitError when it is damaged, or its judges were trained again since."
         folder = Path(folder)
         about, tensors = _read(folder)
-        features = features or JudgeFeatures.from_pretrained(**{"image": None, "video": None, **about["judges"]}, device=device, dtype=dtype)
+        features = features or JudgeFeatures.from_pretrained(**{"image": None, "video": None, **about["judges"]},
+                                                             device=device, dtype=dtype)
         if dtype in (None, torch.float32) and (now := features.stamp()) != about["stamp"]:
-            raise KitError(f'"{folder}" was fitted on judges with the stamp {about["stamp"]}, these have {now}: they were trained again since; '
+            raise KitError(f'"{folder}" was fitted on judges with the stamp {about["stamp"]}, these have {now}: '
+                           'they were trained again since; '
                            'fit it anew from its votes: instructvideo-kit feedback train')
         head = Head(**tensors, k=about["k"], noise=about["noise"], votes=about["votes"])
         return cls(features, head, about["name"], about["judges"])
@@ -217,4 +223,6 @@ def _read(folder):
     if missing := [k for k in ("judges", "stamp", "k", "noise", "votes", "name") if k not in about]:
         raise KitError(f'"{folder}/kit.json" has no "{missing[0]}"; expected a reward made from votes')
     try: return about, load_file(folder/"head.safetensors")
-    except Exception as error: raise KitError(f'"{folder}/head.safetensors" cannot be read: {str(error).splitlines()[0]}') from None
+    except Exception as error:
+        problem = str(error).splitlines()[0]
+        raise KitError(f'"{folder}/head.safetensors" cannot be read: {problem}') from None

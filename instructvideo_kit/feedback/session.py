@@ -31,7 +31,8 @@ def pool_features(
     file, stamp = pool.folder/"features.safetensors", judges.stamp()
     if file.exists():
         with safe_open(file, "pt") as kept:
-            if (kept.metadata() or {}).get("stamp") == stamp and len(found := kept.get_tensor("features")) == len(pool): return found
+            if (kept.metadata() or {}).get("stamp") == stamp and len(found := kept.get_tensor("features")) == len(pool):
+                return found
     found = judges.of(pool.pixels(), pool.captions, progress=progress)
     with atomic(file) as beside: save_file({"features": found}, beside, metadata={"stamp": stamp})
     return found
@@ -94,7 +95,8 @@ class VoteSession:
         "The votes of this rater on clips of this pool."
         names = set(self.pool.names)
         rows = standing(read_lines(rater_file(self.folder, self.rater))[0])
-        return [v for v in rows if v["rater"].lower() == self.rater.lower() and v["question"] == self.question and names.issuperset(v["clips"])]
+        return [v for v in rows if v["rater"].lower() == self.rater.lower() and v["question"] == self.question
+                and names.issuperset(v["clips"])]
 
     def pair(self): # (first, second) numbers of clips, or None
         "The pair to show now; None when there are votes enough."
@@ -110,7 +112,8 @@ class VoteSession:
         candidates = candidate_pairs(self.pool.captions, self.within, 3000, self.seed + len(mine), taken)
         if not self.active or not mine: return [tuple(p) for p in candidates[:self.at_once].tolist()]
         try: head = self.fit()
-        except KitError: head = prior_head(self.seen(), self.features.blocks, self.features.shipped) # nothing but "same" so far
+        # nothing but "same" so far
+        except KitError: head = prior_head(self.seen(), self.features.blocks, self.features.shipped)
         return [tuple(p) for p in active_pairs(head, self.seen(), candidates, self.at_once).tolist()]
 
     def _planned(self, mine):
@@ -127,7 +130,8 @@ class VoteSession:
         pair = self.pair()
         if pair is None: raise KitError(f"all {self.target} votes are cast; ask for more")
         pick = lambda values: [values[i] for i in pair]
-        row = cast_vote(self.folder, self.rater, pick(self.pool.names), answer, self.question, pick(self.pool.captions), pick(self.pool.seeds), self.pool.model)
+        row = cast_vote(self.folder, self.rater, pick(self.pool.names), answer, self.question,
+                        pick(self.pool.captions), pick(self.pool.seeds), self.pool.model)
         self._queue.pop(0)
         return row
 
@@ -153,7 +157,8 @@ class VoteSession:
         votes = votes_in_pool(self.mine() if votes is None else votes, self.pool)
         first, second, vote = vote_numbers(votes, self.pool)
         enough = int((vote != 0).sum()) >= 10
-        crossed = cross_validated(self.seen(), first, second, vote, self.features.blocks, self.features.shipped) if enough else None
+        crossed = cross_validated(self.seen(), first, second, vote, self.features.blocks,
+                                  self.features.shipped) if enough else None
         return fit_report(head, [self.pool.captions[i] for i in torch.cat([first, second]).tolist()], vote, crossed)
 
     def reward(self,

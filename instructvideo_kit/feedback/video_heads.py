@@ -42,7 +42,8 @@ def masked_preference_loss(
 )->torch.Tensor: # mean nats over what was answered
     "Preference loss over the dimensions that were answered; ValueError when none was."
     answered = ~votes.isnan()
-    if not bool(answered.any()): raise ValueError("no dimension of any pair was answered: there is nothing to learn from")
+    if not bool(answered.any()):
+        raise ValueError("no dimension of any pair was answered: there is nothing to learn from")
     return preference_loss((first - second)[answered], votes[answered].long(), k).mean()
 
 # %% ../../nbs/feedback/11_video_heads.ipynb #a574f410
@@ -57,7 +58,8 @@ def with_heads(
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
     model.score = head.to(model.device, model.score.weight.dtype)
     model.config.num_labels = len(dims)
-    options = dict(max_frames=judge.max_frames, sampling=judge.sampling, max_tokens=judge.max_tokens, question=judge.question)
+    options = dict(max_frames=judge.max_frames, sampling=judge.sampling, max_tokens=judge.max_tokens,
+                   question=judge.question)
     return type(judge)(model, judge.tokenizer, dim="mean", name=name, dims=tuple(dims), **options, **judge.pictures)
 
 def train_heads(
@@ -80,7 +82,8 @@ def train_heads(
         loss.backward()
         return loss
     best.step(loss_of)
-    with torch.no_grad(): loss = masked_preference_loss(*(head(x.to(head.weight.dtype)).float() for x in (first, second)), votes, k)
+    with torch.no_grad():
+        loss = masked_preference_loss(*(head(x.to(head.weight.dtype)).float() for x in (first, second)), votes, k)
     head.requires_grad_(False)
     return loss.item()
 
@@ -93,10 +96,14 @@ def save_video_heads(
     folder.mkdir(parents=True, exist_ok=True)
     judge.model.config.architectures = [type(judge.model).__name__]
     judge.model.config.save_pretrained(folder)
-    with atomic(folder/"model.safetensors") as beside: save_file({k: v.contiguous() for k, v in judge.model.state_dict().items()}, beside, metadata={"format": "pt"})
+    with atomic(folder/"model.safetensors") as beside:
+        save_file({k: v.contiguous() for k, v in judge.model.state_dict().items()}, beside, metadata={"format": "pt"})
     judge.tokenizer.save(str(folder/"tokenizer.json"))
-    pictures, size = judge.pictures, {f"{k}_edge": judge.pictures[k] for k in ("shortest", "longest") if k in judge.pictures}
+    pictures, size = judge.pictures, {f"{k}_edge": judge.pictures[k] for k in ("shortest", "longest")
+                                      if k in judge.pictures}
     facts = {"size": size or None, "image_mean": pictures.get("mean"), "image_std": pictures.get("std")}
     write_atomic(folder/"preprocessor_config.json", json.dumps({k: v for k, v in facts.items() if v is not None}))
-    write_atomic(folder/"kit.json", json.dumps(dict(name=judge.name, dims=judge.dims, max_frames=judge.max_frames, question=judge.question)))
+    write_atomic(folder/"kit.json",
+                 json.dumps(dict(name=judge.name, dims=judge.dims, max_frames=judge.max_frames,
+                                 question=judge.question)))
     return folder

@@ -70,7 +70,8 @@ def cast_vote(
     if vote not in VOTES: raise KitError(f'the vote is "{vote}", expected first, second or same')
     first, second = clips
     if first == second: raise KitError(f'the clip "{first}" stands against itself; give two clips')
-    row = dict(vote=vote, pair=pair or f"{first}+{second}", clips=[first, second], captions=list(captions), seeds=list(seeds))
+    row = dict(vote=vote, pair=pair or f"{first}+{second}", clips=[first, second], captions=list(captions),
+               seeds=list(seeds))
     row |= dict(question=question, rater=rater, time=_now(), model=model, id=uuid.uuid4().hex)
     append_line(rater_file(folder, rater), row)
     return row
@@ -130,7 +131,8 @@ def read_votes(
     for path in [p for place in places for p in vote_files(place)]:
         found, damaged = read_lines(path)
         rows |= {(r.get("id"), r.get("undo")): r for r in found}
-        for n, problem in damaged: warnings.warn(f"{path}, line {n} is left out: {problem}; the other {len(found)} lines are kept")
+        for n, problem in damaged:
+            warnings.warn(f"{path}, line {n} is left out: {problem}; the other {len(found)} lines are kept")
     return standing(list(rows.values()))
 
 # %% ../../nbs/feedback/00_votes.ipynb #7589d2ab
@@ -184,7 +186,8 @@ def cohen_kappa(
     b, # answers of the other to the same items
 )->float: # at most 1; nan when both always give the same single answer
     "Agreement of two raters beyond chance; ValueError for lists of different length, or empty ones."
-    if len(a) != len(b) or not len(a): raise ValueError(f"{len(a)} and {len(b)} answers; expected as many of both, and at least one")
+    if len(a) != len(b) or not len(a):
+        raise ValueError(f"{len(a)} and {len(b)} answers; expected as many of both, and at least one")
     names = sorted(set(a) | set(b))
     share = lambda given: np.array([list(given).count(x) for x in names])/len(given)
     together = np.mean([x == y for x, y in zip(a, b)])

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence
 
-from ..feedback.votes import agreement, cast_vote, krippendorff_alpha, rater_file, read_lines, read_votes, standing, undo_vote
+from ..feedback.votes import agreement, cast_vote, krippendorff_alpha, rater_file
+from ..feedback.votes import read_lines, read_votes, standing, undo_vote
 from ..files import KitError, write_atomic
 from ..video import encode_gif
 from .voting import SIDES, Voting
@@ -30,22 +31,28 @@ def make_study(
     compare=None, # list of (system, system); None: the first against each other one
     seed:int=0, # of the numbers that clips are named by
 )->Path: # the folder
-    "Write clips, plan and key; KitError when there is a study already, a system is unknown, or the numbers of clips differ."
+    "Write clips, plan and key; KitError for a study that is there, an unknown system, or numbers of clips that differ."
     folder, names = Path(folder), list(systems)
     compare = compare or [(names[0], other) for other in names[1:]]
     if (folder/"study.json").exists(): raise KitError(f'"{folder}" holds a study; give a new folder')
-    if bad := [s for pair in compare for s in pair if s not in systems]: raise KitError(f'no clips of the system "{bad[0]}"; there is {", ".join(names)}')
-    if bad := [s for s, clips in systems.items() if len(clips) != len(captions)]: raise KitError(f"{len(systems[bad[0]])} clips of {bad[0]} for {len(captions)} captions, expected as many")
+    if bad := [s for pair in compare for s in pair if s not in systems]:
+        raise KitError(f'no clips of the system "{bad[0]}"; there is {", ".join(names)}')
+    if bad := [s for s, clips in systems.items() if len(clips) != len(captions)]:
+        raise KitError(f"{len(systems[bad[0]])} clips of {bad[0]} for {len(captions)} captions, expected as many")
     if not compare: raise KitError("one system cannot be compared; give clips of at least two")
     rng = np.random.default_rng(seed)
     numbers = iter(rng.permutation(9000)[:len(names)*len(captions)] + 1000)
     file = {(s, i): f"{next(numbers)}.gif" for s in names for i in range(len(captions))}
-    for (s, i), name in file.items(): write_atomic(folder/"clips"/name, encode_gif(systems[s][i], scale=max(1, 192//systems[s][i].shape[-1])))
-    pairs = [(i, *((a, b) if rng.random() < .5 else (b, a))) for a, b in compare for i in range(len(captions))] # which one is first says nothing either
-    plan = [{"pair": file[a, i][:4] + file[b, i][:4], "caption": captions[i], "clips": [file[a, i], file[b, i]]} for i, a, b in pairs]
+    for (s, i), name in file.items():
+        write_atomic(folder/"clips"/name, encode_gif(systems[s][i], scale=max(1, 192//systems[s][i].shape[-1])))
+    # which one is first says nothing either
+    pairs = [(i, *((a, b) if rng.random() < .5 else (b, a))) for a, b in compare for i in range(len(captions))]
+    plan = [{"pair": file[a, i][:4] + file[b, i][:4], "caption": captions[i], "clips": [file[a, i], file[b, i]]} for i,
+            a, b in pairs]
     key = {"compare": compare, "pairs": {p["pair"]: [a, b] for p, (_, a, b) in zip(plan, pairs)}}
     write_atomic(folder/"key.json", json.dumps(key, indent=1))
-    write_atomic(folder/"study.json", json.dumps({"version": 1, "seed": seed, "questions": QUESTIONS, "pairs": plan}, indent=1))
+    write_atomic(folder/"study.json", json.dumps({"version": 1, "seed": seed, "questions": QUESTIONS, "pairs": plan},
+                                                 indent=1))
     return folder
 
 def study_clip(
@@ -66,7 +73,8 @@ def open_study(
     try: study = json.loads((Path(folder)/"study.json").read_text())
     except OSError: raise KitError(f'"{folder}" holds no study (no study.json); make one with make_study') from None
     except ValueError as error: raise KitError(f'"{folder}/study.json" is damaged: {error}') from None
-    if study.get("version") != 1: raise KitError(f'"{folder}/study.json" has version {study.get("version")}, expected 1')
+    if study.get("version") != 1:
+        raise KitError(f'"{folder}/study.json" has version {study.get("version")}, expected 1')
     return study
 
 # %% ../../nbs/widgets/08_study.ipynb #501d6ab1
@@ -91,7 +99,8 @@ def vote(
     questions = open_study(folder)["questions"]
     if not answers: raise KitError(f"no answer to {' and '.join(questions)}")
     for q, a in answers.items():
-        if q not in questions or a not in SIDES: raise KitError(f'answer "{a}" to "{q}", expected left, right or same to {" and ".join(questions)}')
+        if q not in questions or a not in SIDES:
+            raise KitError(f'answer "{a}" to "{q}", expected left, right or same to {" and ".join(questions)}')
     said = {"left": "second" if swapped else "first", "right": "first" if swapped else "second", "same": "same"}
     about = dict(captions=[pair["caption"]]*2, model="study", pair=pair["pair"])
     return [cast_vote(folder, rater, pair["clips"], said[a], q, **about) for q, a in answers.items()]
@@ -104,7 +113,7 @@ def tally(
     a:str, b:str, # systems
     n:int=4000, # resamples
 )->dict: # {"win", "tie", "loss", "lead"}: (share, low, high); "votes", "pairs"
-    "How often a beat b, with 95 % intervals over pairs; tie = the same, lead = win - loss. KitError when nobody has voted on them."
+    "How often a beat b, 95 % intervals over pairs; tie = the same, lead = win - loss. KitError without votes on them."
     by_pair = {}
     for v in votes:
         if v["question"] != question or set(key.get(v["pair"], ())) != {a, b}: continue
@@ -115,7 +124,8 @@ def tally(
     means = np.concatenate([means, means[:, :1] - means[:, 2:]], 1)
     draws = means[np.random.default_rng(0).integers(0, len(means), (n, len(means)))].mean(1)
     low, high = np.quantile(draws, (.025, .975), axis=0)
-    shares = {name: tuple(float(x[i]) for x in (means.mean(0), low, high)) for i, name in enumerate(("win", "tie", "loss", "lead"))}
+    shares = {name: tuple(float(x[i]) for x in (means.mean(0), low, high)) for i,
+              name in enumerate(("win", "tie", "loss", "lead"))}
     return shares | {"votes": sum(map(len, by_pair.values())), "pairs": len(by_pair)}
 
 # %% ../../nbs/widgets/08_study.ipynb #8217a2da
@@ -128,8 +138,11 @@ class Outcome:
 
     def __str__(self):
         percent = lambda t: f"{100*t[0]:5.1f} % ({100*t[1]:.0f} .. {100*t[2]:.0f})"
-        lines = [f"{a} against {b}, {q}: won {percent(t['win'])}, tie {percent(t['tie'])}, lost {percent(t['loss'])}; {t['votes']} votes on {t['pairs']} pairs" for a, b, q, t in self.rows]
-        alphas = [f"agreement on {q}: {'not known (needs two raters on a pair)' if x is None else f'{x:.2f}'}" for q, x in self.alpha.items()]
+        shares = lambda t: f"won {percent(t['win'])}, tie {percent(t['tie'])}, lost {percent(t['loss'])}"
+        count = lambda t: f"{t['votes']} votes on {t['pairs']} pairs"
+        lines = [f"{a} against {b}, {q}: {shares(t)}; {count(t)}" for a, b, q, t in self.rows]
+        alphas = [f"agreement on {q}: {'not known (needs two raters on a pair)' if x is None else f'{x:.2f}'}" for q,
+                  x in self.alpha.items()]
         return "\n".join([f"{self.raters} raters", *lines, *alphas])
 
 def outcome(
@@ -139,7 +152,8 @@ def outcome(
     votes, key = read_votes(folder), json.loads((Path(folder)/"key.json").read_text())
     if not votes: raise KitError(f'nobody has voted in "{folder}" yet')
     asked = {(frozenset(key["pairs"][v["pair"]]), v["question"]) for v in votes}
-    rows = [(a, b, q, tally(votes, key["pairs"], q, a, b)) for a, b in key["compare"] for q in QUESTIONS if (frozenset((a, b)), q) in asked]
+    rows = [(a, b, q, tally(votes, key["pairs"], q, a, b)) for a, b in key["compare"] for q in QUESTIONS
+            if (frozenset((a, b)), q) in asked]
     def alpha(q):
         try: return agreement(votes, q)
         except ValueError: return None
@@ -159,7 +173,8 @@ class StudyBallot:
         "What this rater has not answered."
         rows = standing(read_lines(rater_file(self.folder, self.rater))[0])
         done = {(v["pair"], v["question"]) for v in rows if v["rater"].lower() == self.rater.lower()}
-        return [(p, s, q) for p, s in order_for(self.study, self.rater) for q in self.study["questions"] if (p["pair"], q) not in done]
+        return [(p, s, q) for p, s in order_for(self.study, self.rater) for q in self.study["questions"]
+                if (p["pair"], q) not in done]
 
     @property
     def current(self): # (pair, swapped, question) or None
@@ -168,11 +183,13 @@ class StudyBallot:
     def show(self)->dict:
         "What the page shows now, as `Voting` asks for it."
         left, of = self.left(), len(self.study["pairs"])*len(self.study["questions"])
-        about = dict(done=of - len(left), of=of, note="", captions=[], clips=[], question="All pairs are done. Thank you.")
+        about = dict(done=of - len(left), of=of, note="", captions=[], clips=[],
+                     question="All pairs are done. Thank you.")
         if not left: return about
         pair, swapped, question = left[0]
         clips = [study_clip(self.folder, name) for name in pair["clips"]]
-        return about | dict(clips=clips[::-1] if swapped else clips, captions=[pair["caption"]]*2, question=self.study["questions"][question])
+        return about | dict(clips=clips[::-1] if swapped else clips, captions=[pair["caption"]]*2,
+                            question=self.study["questions"][question])
 
     def vote(self, side):
         "Save an answer."
@@ -201,6 +218,7 @@ class StudyPage(ipywidgets.VBox):
         "Show the voting page of the rater that is named, or say why there is none."
         self.ballot = self.voting = None
         try: self.ballot = StudyBallot(self.folder, self.rater.value)
-        except KitError as error: self.note.value = f"<i>{error}</i>" if self.rater.value else "<i>type your name to begin</i>"
+        except KitError as error:
+            self.note.value = f"<i>{error}</i>" if self.rater.value else "<i>type your name to begin</i>"
         else: self.voting, self.note.value = Voting(self.ballot), ""
         self.children = [self.rater, self.note, *([self.voting] if self.voting else [])]

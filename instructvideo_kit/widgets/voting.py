@@ -45,9 +45,11 @@ class PoolBallot:
         "What the page shows now."
         session, pair = self.session, self.session.pair()
         done = len(session.mine())
-        about = dict(question="Which one do you like better?", done=done, of=session.target, note=f"saved in votes of {session.rater}")
+        about = dict(question="Which one do you like better?", done=done, of=session.target,
+                     note=f"saved in votes of {session.rater}")
         if pair is None: return {**about, "clips": [], "captions": [], "question": "All votes are cast. Thank you."}
-        return {**about, "clips": list(session.pool.pixels(list(pair))), "captions": [session.pool.captions[i] for i in pair]}
+        return {**about, "clips": list(session.pool.pixels(list(pair))),
+                "captions": [session.pool.captions[i] for i in pair]}
 
     def vote(self, side:str):
         "Write an answer."
@@ -63,9 +65,11 @@ class PoolBallot:
 
 # %% ../../nbs/widgets/12_voting.ipynb #4aa6e918
 class Voting(anywidget.AnyWidget):
-    "Two clips in step and three answers: left, right, down (the same), u or backspace (undo); `ballot` holds what is asked."
+    "Two clips in step; keys left, right, down (the same), u or backspace (undo); `ballot` holds what is asked."
     _esm, _css = beside("voting.js"), beside("canvas.css") + beside("voting.css")
-    pair, notice, fps = traitlets.Dict().tag(sync=True), traitlets.Unicode().tag(sync=True), traitlets.Float(8).tag(sync=True)
+    pair = traitlets.Dict().tag(sync=True)
+    notice = traitlets.Unicode().tag(sync=True)
+    fps = traitlets.Float(8).tag(sync=True)
 
     def __init__(self,
         ballot, # PoolBallot or another with show, vote, undo
@@ -80,7 +84,8 @@ class Voting(anywidget.AnyWidget):
         shown = self.ballot.show()
         self._number, self._clips = self._number + 1, shown["clips"]
         frames = len(self._clips[0]) if self._clips else 0
-        return {**shown, "clips": [strip_url(clip) for clip in self._clips], "frames": frames, "number": self._number, "more": hasattr(self.ballot, "more")}
+        return {**shown, "clips": [strip_url(clip) for clip in self._clips], "frames": frames, "number": self._number,
+                "more": hasattr(self.ballot, "more")}
 
     def receive(self,
         message:dict, # {"kind": "vote" | "undo" | "more", "number": of the page, "side": of SIDES}
@@ -93,7 +98,8 @@ class Voting(anywidget.AnyWidget):
             elif message.get("kind") == "more": self.ballot.more()
             else: raise KitError(f'the page asked for "{message.get("kind")}"')
             page = self._page()
-        except (KitError, OSError) as error: self.notice = f"{error}"; self.pair = {**self.pair, "again": self.pair.get("again", 0) + 1}; return
+        except (KitError, OSError) as error: self.notice = f"{error}"; self.pair = {**self.pair,
+            "again": self.pair.get("again", 0) + 1}; return
         self.notice, self.pair = "", page
         self.voted()
 
@@ -123,14 +129,17 @@ class FeedbackPage(ipywidgets.VBox):
     ):
         self.session = VoteSession(folder, rater, **options)
         self.voting = Voting(PoolBallot(self.session), self._voted)
-        self.button = ipywidgets.Button(description="What has it learnt?", button_style="primary", layout=ipywidgets.Layout(width="200px"))
+        self.button = ipywidgets.Button(description="What has it learnt?", button_style="primary",
+                                        layout=ipywidgets.Layout(width="200px"))
         self.button.on_click(lambda _: self.learn())
-        self.picture, self.text = ipywidgets.Image(format="gif", layout=ipywidgets.Layout(display="none", width="640px")), ipywidgets.HTML()
+        self.picture, self.text = ipywidgets.Image(format="gif", layout=ipywidgets.Layout(display="none",
+            width="640px")), ipywidgets.HTML()
         self.head = self.seen = None
         super().__init__([self.voting, self.button, self.picture, self.text])
 
     @property
-    def reward_folder(self)->Path: return self.session.folder/"reward"/rater_file(self.session.folder, self.session.rater).stem
+    def reward_folder(self)->Path: return self.session.folder/"reward"/rater_file(self.session.folder,
+        self.session.rater).stem
 
     def _voted(self): self.text.value = ""
 
@@ -145,7 +154,9 @@ class FeedbackPage(ipywidgets.VBox):
             self.text.value = f'<span style="color: #b3261e">{error}</span>'
             return
         self.picture.value, self.picture.layout.display = best_and_worst(self.seen, self.session.pool), ""
-        self.text.value = f"<p>Upper row: what it thinks you like best. Lower row: least.</p><p>{'<br>'.join(told)}</p><pre>{self.seen}</pre><p>Reward: {self.reward_folder}</p>"
+        parts = ["<p>Upper row: what it thinks you like best. Lower row: least.</p>", f"<p>{'<br>'.join(told)}</p>"]
+        parts += [f"<pre>{self.seen}</pre>", f"<p>Reward: {self.reward_folder}</p>"]
+        self.text.value = "".join(parts)
 
 def best_and_worst(
     seen, # Portrait
