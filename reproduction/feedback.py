@@ -1,4 +1,4 @@
-"""How many votes does a taste take? Five known tastes, several seeds, active and random pairs, on captions nobody voted on.
+"""How many votes does a taste take? Five known tastes, active and random pairs, on captions nobody voted on.
 
     python reproduction/feedback.py                     # draws a pool (6 minutes of one core), then votes (4 minutes)
     python reproduction/feedback.py --pool runs/pool    # a pool that is there already
@@ -33,19 +33,22 @@ def curves(pool, features, phi, seeds, votes, within):
         for how, rows in found[name].items():
             for seed in range(seeds):
                 rater = SimulatedRater(name, taste, seed=seed).look(clips, pool.captions)
-                curve = learning_curve(phi, pool.captions, rater, features.blocks, how == "active", votes, shipped=features.shipped, within=within, seed=seed)
-                rows.append(dict(votes=curve.votes, accuracy=curve.accuracy, calibration=curve.calibration, needed=curve.needed()))
+                curve = learning_curve(phi, pool.captions, rater, features.blocks, how == "active", votes,
+                                       shipped=features.shipped, within=within, seed=seed)
+                rows.append(dict(votes=curve.votes, accuracy=curve.accuracy, calibration=curve.calibration,
+                                 needed=curve.needed()))
         print(name, {how: summary(rows) for how, rows in found[name].items()}, flush=True)
     return found
 
 
 def summary(rows):
-    "Median votes needed (more than the last point where a seed did not get there), accuracy and calibration error after 60 votes."
+    "Median votes needed (beyond the last point where a seed never got there), accuracy and calibration after 60."
     last = rows[0]["votes"][-1]
     needed = float(np.median([r["needed"] if r["needed"] is not None else last + 1 for r in rows]))
     at = rows[0]["votes"].index(60) if 60 in rows[0]["votes"] else -1
     mean = lambda what: round(float(np.mean([r[what][at] for r in rows])), 3)
-    return dict(needed=needed if needed <= last else f"> {last}", reached=sum(r["needed"] is not None for r in rows), accuracy_60=mean("accuracy"), calibration_60=mean("calibration"))
+    return dict(needed=needed if needed <= last else f"> {last}", reached=sum(r["needed"] is not None for r in rows),
+                accuracy_60=mean("accuracy"), calibration_60=mean("calibration"))
 
 
 def draw(found, path):
@@ -80,7 +83,8 @@ def main():
     pool, began = open_pool(given.pool, given.policy, given.captions), time.perf_counter()
     features = JudgeFeatures.from_pretrained()
     found = curves(pool, features, features.of(pool.pixels(), pool.captions), given.seeds, given.votes, given.within)
-    about = dict(clips=len(pool), captions=len(set(pool.captions)), model=pool.model, within=given.within, seconds=round(time.perf_counter() - began))
+    about = dict(clips=len(pool), captions=len(set(pool.captions)), model=pool.model, within=given.within,
+                 seconds=round(time.perf_counter() - began))
     name = "curves_within" if given.within else "curves"
     told = {taste: {how: summary(rows) for how, rows in ways.items()} for taste, ways in found.items()}
     write_atomic(given.out/f"{name}.json", json.dumps(dict(about=about, summary=told, curves=found), indent=1))

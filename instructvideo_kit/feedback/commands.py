@@ -25,7 +25,8 @@ def voting_notebook(
     "A notebook with the voting page; an earlier one is replaced."
     import json
     page = "Voting(PoolBallot(VoteSession('.', {!r})))" if blind else "FeedbackPage('.', {!r})"
-    code = ["from instructvideo_kit.widgets.voting import *\n", page.format(rater)]
+    code = ["from instructvideo_kit.feedback.session import VoteSession\n",
+            "from instructvideo_kit.widgets.voting import FeedbackPage, PoolBallot, Voting\n", page.format(rater)]
     cell = dict(cell_type="code", id="vote", metadata={}, execution_count=None, outputs=[], source=code)
     kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
     notebook = dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)
@@ -238,6 +239,18 @@ def feedback_app(
         evaluate_reward(folder, reward, rater, typer.echo)
 
     return app
+
+def _tell_simulated(folder, taste, votes, careless, seed, active):
+    "Let a known taste vote, and say what is next."
+    cast = simulate(folder, taste, votes, careless, seed, active=active)
+    typer.echo(f"{cast} votes of {taste}; next: instructvideo-kit feedback train {folder} --rater {taste}")
+
+def _tell_page(folder, rater):
+    "Write the page, and say how to open it and what is next."
+    blind = (folder/"plan.json").exists()
+    page = voting_notebook(folder, rater, blind)
+    then = f"evaluate {folder}" if blind else f"train {folder} --rater {rater}"
+    typer.echo(f"vote: jupyter lab {page}\nthen: instructvideo-kit feedback {then}")
 
 def _draw(folder, policy, given, captions_for, n, per_caption, steps, seed, tuned):
     "Fill a new folder with clips."
