@@ -229,7 +229,7 @@ def test_a_page_shows_the_head_of_each_function_and_nothing_of_its_body():
 
 def test_classes_show_fields_and_methods():
     page = docs.api_page(ROOT/"instructvideo_kit/tuning/instructvideo.py")
-    assert "tau: float = 0.6" in page and "def __call__(self, positions)" in page and "def check(self)" in page
+    assert "tau: float = 0.6" in page and "def step(self, positions" in page and "def check(self)" in page
 
 slides = tool("slides", "tools/slides.py")
 

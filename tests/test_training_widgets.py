@@ -55,7 +55,8 @@ def test_candidates_are_those_of_a_training_step(patch_folder):
     from instructvideo_kit.tuning.stream import example_generator
     policy, config = open_policy(patch_folder), OnlineDPOConfig(n_ddim=2, guidance_scale=1., n_candidates=3)
     drawn = draw_candidates(policy, redness, ["a cat", "a fish"], config)
-    _, scores = candidates(policy, redness, ["a cat", "a fish"], [example_generator(0, p) for p in range(2)], config)
+    generators = [example_generator(0, p) for p in range(2)]
+    scores = candidates(policy, redness, ["a cat", "a fish"], generators, config)["reward"]
     assert [c for c, _, _ in drawn] == ["a cat", "a fish"] and torch.equal(
         torch.stack([s for _, _, s in drawn]), scores
     )
@@ -125,5 +126,5 @@ def test_the_button_stops_saved_and_the_run_goes_on_exactly(patch_folder, tmp_pa
 def test_an_error_in_the_thread_is_shown(patch_folder, tmp_path):
     panel = board(patch_folder, tmp_path/"run", [], InstructVideoConfig(**SMALL))
     panel.begin()
-    assert panel.wait() is None and "no clips" in panel.note.value and not panel.go.disabled
+    assert panel.wait() is None and "nothing to tune on" in panel.note.value and not panel.go.disabled
     assert "image/png" in panel._repr_mimebundle_()[0]
