@@ -1,6 +1,7 @@
 "A judge that reads latents: nothing is decoded for it, it is taught by an image judge, and it refuses strangers."
 import sys
 import warnings
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def test_sampled_methods_can_ask_it_too(home, judge, tmp_path):
 
 
 def test_its_gradient_is_that_of_finite_differences(policy, judge):
-    student, g = student_of(judge).double(), torch.tensor([[0, 5]])
+    student, g = student_of(deepcopy(judge)).double(), torch.tensor([[0, 5]])
     z = torch.randn(1, *policy.latent_shape, dtype=torch.float64, requires_grad=True)
     def value(z): return score(policy, student, z, g, PROMPTS[:1], REFL).sum()
     slope = torch.autograd.grad(value(z), z)[0]
