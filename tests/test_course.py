@@ -221,15 +221,17 @@ def test_there_are_symbols(): assert len(symbols()) > 25 and len(set(symbols()))
 
 docs = tool("docs_pages", "tools/docs.py")
 
-def test_a_page_shows_the_head_of_each_function_and_nothing_of_its_body():
+def test_a_page_shows_a_table_of_parameters_and_nothing_of_the_body():
     page = docs.api_page(ROOT/"instructvideo_kit/reward/tar.py")
     assert "# instructvideo_kit.reward.tar" in page and "## tar_weights" in page
-    assert "lam:float=1.0, # decay" in page and "Eq. (7)" in page
+    row = next(line for line in page.splitlines() if line.startswith("| `lam` |"))
+    assert "`float`" in row and "`1.0`" in row and "decay" in row and "Eq. (7)" in page and "Returns `" in page
     assert "torch.exp" not in page and "nbs/reward/02_tar.ipynb" in page
 
 def test_classes_show_fields_and_methods():
     page = docs.api_page(ROOT/"instructvideo_kit/tuning/instructvideo.py")
-    assert "tau: float = 0.6" in page and "def step(self, positions" in page and "def check(self)" in page
+    assert "| `tau` | `float` | `0.6` | noise level" in page
+    assert "### InstructVideo.step" in page and "| `positions` |" in page and "### InstructVideoConfig.check" in page
 
 slides = tool("slides", "tools/slides.py")
 

@@ -1,8 +1,7 @@
 """The documentation site: `make docs` -> build/site/index.html.
 
 Pages are gathered in build/pages: the README, the symbol table, the tutorials with their outputs, a page per module
-(what a function takes is written in comments beside its parameters, so the page shows the head of each function as it
-stands), the pages for teachers, and the scoreboard.
+(a table of parameters from the types and comments beside them), the pages for teachers, and the scoreboard.
 Formulas are set by MathJax, which the reader's browser fetches; without a network they stay as they are written.
 """
 import ast
@@ -29,16 +28,64 @@ STYLE = dict(
 def is_public(node): return not node.name.startswith("_") or node.name in ("__init__", "__call__")
 
 
-def head_of(node, lines):
-    "A function down to its docstring; a class with its fields and the heads of its public methods."
-    if isinstance(node, ast.ClassDef):
-        parts = ["\n".join(lines[node.lineno - 1:node.body[0].end_lineno])]
-        for x in node.body[1:]:
-            if isinstance(x, ast.AnnAssign): parts.append(lines[x.lineno - 1])
-            elif isinstance(x, ast.FunctionDef) and is_public(x): parts.append(head_of(x, lines))
-        return "\n".join(parts)
-    last = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
-    return "\n".join(lines[node.lineno - 1:max(last, node.lineno)])
+def comment_on(line):
+    "What stands behind the last # of a line of code; empty without one."
+    found = re.search(r"#\s(.*)$", line)
+    return found[1].strip() if found else ""
+
+
+def parameters_of(node, lines):
+    "(name, type, default, comment) of each parameter of a function, self and cls left out."
+    given = node.args
+    plain = [*given.posonlyargs, *given.args]
+    defaults = dict(zip([a.arg for a in reversed(plain)], reversed(given.defaults)))
+    defaults |= {a.arg: d for a, d in zip(given.kwonlyargs, given.kw_defaults) if d is not None}
+    stars = [[x] if x else [] for x in (given.vararg, given.kwarg)]
+    named = [*plain, *stars[0], *given.kwonlyargs, *stars[1]]
+    rows = []
+    for arg in named:
+        if arg.arg in ("self", "cls"): continue
+        default = defaults.get(arg.arg)
+        end = max(arg.end_lineno, default.end_lineno if default else 0)
+        kind, value = (ast.unparse(x) if x else "" for x in (arg.annotation, default))
+        rows.append((arg.arg, kind, value, comment_on(lines[end - 1]) if end > node.lineno or len(named) == 1 else ""))
+    return rows
+
+
+def returned_by(node, lines):
+    "What a function returns: its annotation and the comment behind it; empty where neither is said."
+    line = lines[node.body[0].lineno - 2] if node.body[0].lineno > node.lineno else ""
+    kind = ast.unparse(node.returns) if node.returns else ""
+    return f"`{kind}` {comment_on(line)}".strip() if kind else comment_on(line) if line.lstrip().startswith(")") else ""
+
+
+def as_table(rows, heading):
+    "A table of Markdown; cells may hold |."
+    lines = [f"| {heading} | type | default | |", "|---|---|---|---|"]
+    for *code, comment in rows:
+        cells = [f"`{text}`" if text else "" for text in code]
+        lines.append("| " + " | ".join(text.replace("|", "\\|") for text in [*cells, comment]) + " |")
+    return "\n".join(lines)
+
+
+def function_page(node, lines):
+    "Docstring, table of parameters, and what comes back."
+    rows, back = parameters_of(node, lines), returned_by(node, lines)
+    parts = [ast.get_docstring(node) or "", as_table(rows, "parameter") if rows else "", f"Returns {back}" if back else ""]
+    return "\n\n".join(part for part in parts if part)
+
+
+def class_page(node, lines):
+    "Docstring, table of fields, and its public methods."
+    fields = [(x.target.id, ast.unparse(x.annotation), ast.unparse(x.value) if x.value else "",
+               comment_on(lines[x.end_lineno - 1])) for x in node.body if isinstance(x, ast.AnnAssign)]
+    methods = [x for x in node.body if isinstance(x, ast.FunctionDef) and is_public(x)]
+    parts = [ast.get_docstring(node) or "", as_table(fields, "field") if fields else ""]
+    parts += [f"### {node.name}.{x.name}\n\n{function_page(x, lines)}" for x in methods]
+    return "\n\n".join(part for part in parts if part)
+
+
+def page_for(node, lines): return (class_page if isinstance(node, ast.ClassDef) else function_page)(node, lines)
 
 
 def public_names(tree):
@@ -60,7 +107,7 @@ def api_page(path):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     title = f"# {name}\n\n{ast.get_docstring(tree) or ''}\n\n"
     if source: title += f"Explained, with pictures and tests, in `{source[1]}`.\n"
-    return title + "".join(f"\n## {n.name}\n\n```python\n{head_of(n, lines)}\n```\n" for n in shown)
+    return title + "".join(f"\n## {n.name}\n\n{page_for(n, lines)}\n" for n in shown)
 
 
 def write(name, text):
