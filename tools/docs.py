@@ -48,7 +48,8 @@ def parameters_of(node, lines):
         default = defaults.get(arg.arg)
         end = max(arg.end_lineno, default.end_lineno if default else 0)
         kind, value = (ast.unparse(x) if x else "" for x in (arg.annotation, default))
-        rows.append((arg.arg, kind, value, comment_on(lines[end - 1]) if end > node.lineno or len(named) == 1 else ""))
+        behind = comment_on(lines[end - 1]) if end > node.lineno or len(named) == 1 else ""
+        rows.append((arg.arg, kind, value, behind))
     return rows
 
 
@@ -71,7 +72,8 @@ def as_table(rows, heading):
 def function_page(node, lines):
     "Docstring, table of parameters, and what comes back."
     rows, back = parameters_of(node, lines), returned_by(node, lines)
-    parts = [ast.get_docstring(node) or "", as_table(rows, "parameter") if rows else "", f"Returns {back}" if back else ""]
+    table = as_table(rows, "parameter") if rows else ""
+    parts = [ast.get_docstring(node) or "", table, f"Returns {back}" if back else ""]
     return "\n\n".join(part for part in parts if part)
 
 
