@@ -219,6 +219,23 @@ def test_every_symbol_exists(name):
 
 def test_there_are_symbols(): assert len(symbols()) > 25 and len(set(symbols())) == len(symbols())
 
+def fields_named(text, preset):
+    "Fields in the second column of a table that the config of the preset does not have."
+    import dataclasses
+
+    from instructvideo_kit.tuning.algorithm import find
+    known = {field.name for field in dataclasses.fields(find(preset).Config)}
+    rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("| ") and line.count("|") >= 3]
+    return set(re.findall("`([a-z_0-9]+)`", " ".join(rows[1:]))), known
+
+def test_fields_of_other_trainers_exist():
+    text = (ROOT/"docs/coming_from_trl.md").read_text(encoding="utf-8")
+    parts = re.findall(r"^## [^\n]*: `(\w+)`\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    assert [preset for preset, _ in parts] == ["ddpo", "draft", "grpo", "nft"]
+    for preset, part in parts:
+        named, known = fields_named(part, preset)
+        assert named and named <= known, named - known
+
 docs = tool("docs_pages", "tools/docs.py")
 
 def test_a_page_shows_a_table_of_parameters_and_nothing_of_the_body():

@@ -162,10 +162,11 @@ def teaching():
 def pages():
     "Write all pages; the navigation."
     shutil.rmtree(PAGES, ignore_errors=True)
-    symbols = (ROOT/"docs/symbols.md").read_text(encoding="utf-8")
+    symbols, coming = ((ROOT/f"docs/{name}.md").read_text(encoding="utf-8") for name in ("symbols", "coming_from_trl"))
     nav = [
         {"Home": write("index.md", page_of("README.md"))}, {"Tutorials": tutorials()},
-        {"Symbols": write("symbols.md", symbols)}, {"API": api()}, {"Teaching": teaching()}]
+        {"Symbols": write("symbols.md", symbols)}, {"Coming from TRL": write("coming_from_trl.md", coming)},
+        {"API": api()}, {"Teaching": teaching()}]
     board = "reproduction/README.md"
     return nav + [{"Scoreboard": write("scoreboard.md", page_of(board))}] if (ROOT/board).is_file() else nav
 
