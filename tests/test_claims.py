@@ -41,20 +41,21 @@ class MadeUp:
 
     def at(self, point):
         step = point.step if point.step != "best" else best_checkpoint({s: s for s in self.steps(point.run)})
-        key = (point.run, step, point.n_ddim)
+        key = (point.run, step, point.drawn)
         if key not in self.known:
             seeds = self.seeds if point.run in TUNED else [0]
             self.known[key] = {seed: self.result(*key, seed) for seed in seeds}
         return self.known[key]
 
-    def steps(self, name, n_ddim=10): return steps_of(name, n_ddim)
+    def steps(self, name, drawn="d10"): return steps_of(name, drawn)
 
     def luck(self, point, seed):
         "Of one tuning seed: from -1.5 to 1.5 over the seeds in an order of the point's own, so that it adds up to 0."
         order = point.permutation(len(self.seeds))
         return 3*order[self.seeds.index(seed)]/max(len(self.seeds) - 1, 1) - 1.5
 
-    def result(self, run, step, n_ddim, seed):
+    def result(self, run, step, drawn, seed):
+        n_ddim = int(drawn[1:].split(".")[0])
         point = np.random.default_rng([*run.encode(), step, n_ddim])
         rng = np.random.default_rng([*run.encode(), step, n_ddim, seed])
         # captions differ a lot: pairing has to take that away
@@ -62,10 +63,10 @@ class MadeUp:
         own = self.seed_spread*self.luck(point, seed) if run in TUNED else 0.
         rows = [dict(prompt=p, group=g, seed=0, reward=step/1000) for p, g in CAPTIONS]
         for (name, at, d, metric), level in self.levels.items():
-            if (name, d) == (run, n_ddim) and at in (step, "any"):
+            if (name, d) == (run, drawn) and at in (step, "any"):
                 for row, base in zip(rows, shared):
                     row[metric] = base + level + own + rng.normal(0, self.spread)
-        near = self.levels.get((run, step, n_ddim, "frechet"), 3.) # data-clean lies at 3, where the best is
+        near = self.levels.get((run, step, drawn, "frechet"), 3.) # data-clean lies at 3, where the best is
         features = np.random.default_rng(2).normal(size=(len(rows), execute.N_FEATURES)) + near
         for row, values in zip(rows, features):
             row |= {f"feature_{i}": float(v) for i, v in enumerate(values)}
@@ -74,7 +75,7 @@ class MadeUp:
 
 def nodes(contrast):
     "(node, sign) of what has to differ for a contrast; a curve or a best checkpoint is one level for all its steps."
-    def node(point, metric): return (point.run, "any" if point.step == "best" else point.step, point.n_ddim, metric)
+    def node(point, metric): return (point.run, "any" if point.step == "best" else point.step, point.drawn, metric)
     signed = [(node(p, contrast.metric), 1) for p in contrast.more]
     signed += [(node(p, contrast.less_metric or contrast.metric), -1) for p in contrast.less]
     return signed
@@ -87,7 +88,7 @@ def inequalities(claim):
         if isinstance(contrast, Contrast):
             found.append(nodes(contrast))
         if getattr(contrast, "over_base", "") == "required":
-            found.append([nodes(contrast)[0], (("base", 0, 10, contrast.metric), -1)])
+            found.append([nodes(contrast)[0], (("base", 0, "d10", contrast.metric), -1)])
     return found
 
 
@@ -97,7 +98,7 @@ def levels_of(claim, sign=1.):
     level = {node: 0. for signed in wanted for node, _ in signed}
     for contrast in claim.contrasts:
         if getattr(contrast, "equal", "") or getattr(contrast, "over_base", ""): # curves begin there
-            level.setdefault(("base", 0, 10, contrast.metric), 0.)
+            level.setdefault(("base", 0, "d10", contrast.metric), 0.)
     for _ in range(400):
         for signed in wanted:
             if sum(s*level[node] for node, s in signed) < .4:
@@ -147,8 +148,8 @@ def test_every_contrast_counts(claim, tmp_path):
 
 def test_a_rival_worse_than_no_tuning_does_not_make_a_claim_hold():
     "A over B, and both below the untuned base: refuted where A has to be above it, and said where it need not."
-    levels = {("ovpo", 12, 10, "subject_consistency"): -.2, ("ovpo-image", 12, 10, "subject_consistency"): -.6,
-              ("base", 0, 10, "subject_consistency"): 0.}
+    levels = {("ovpo", 12, "d10", "subject_consistency"): -.2, ("ovpo-image", 12, "d10", "subject_consistency"): -.6,
+              ("base", 0, "d10", "subject_consistency"): 0.}
     claim = next(c for c in CLAIMS if c.id == "ov-table4a")
     verdict = decide(claim, MadeUp(levels))
     assert verdict.measurements[0].verdict == HOLDS and verdict.word == REFUTED and "untuned base" in verdict.why
@@ -230,11 +231,11 @@ def test_unknown_claim_names_the_near_ones():
 @pytest.mark.parametrize("claim", RULED, ids=lambda c: c.id)
 def test_the_runs_of_a_claim_are_all_it_needs(claim, tmp_path):
     "Whoever runs `reproduce CLAIM` in an empty folder gets a verdict, not `not run`."
-    known = {(run.name, step, split.n_ddim) for run in claims.runs_of([claim]) for step, split in run.points}
+    known = {(run.name, step, split.drawn) for run in claims.runs_of([claim]) for step, split in run.points}
     for contrast in claim.contrasts:
         for point in claims._needed(contrast) if isinstance(contrast, Contrast) else ():
             steps = steps_of(point.run) if point.step == "best" else [point.step]
-            assert all((point.run, step, point.n_ddim) in known for step in steps), point
+            assert all((point.run, step, point.drawn) in known for step in steps), point
 
 
 @pytest.mark.parametrize("slip, says", [

@@ -147,9 +147,9 @@ def _check_point(point, where, check_steps): # KitError unless a run is measured
     runs = {run.name for run in all_runs()}
     if point.run not in runs:
         raise KitError(f'{where} has the unknown run "{point.run}"; {near(point.run, runs)}')
-    steps = steps_of(point.run, point.n_ddim)
+    steps = steps_of(point.run, point.drawn)
     if check_steps and point.step != "best" and point.step not in steps:
-        raise KitError(f"{where} is {point}, but {point.run} is measured at {steps or 'no step with these DDIM steps'}")
+        raise KitError(f"{where} is {point}, but {point.run} is measured at {steps or 'no step when drawn so'}")
 
 
 def _check_contrast(contrast, where): # KitError for what cannot be meant
@@ -540,7 +540,7 @@ def _minutes(claim, results): # of the training runs and evaluations behind a cl
             for seed, result in results.at(point).items():
                 run = point.run, seed
                 tuning[run] = max(tuning.get(run, 0), result.seconds.get("tuning", 0))
-                looking[run, result.step, point.n_ddim] = result.seconds.get("evaluating", 0)
+                looking[run, result.step, point.drawn] = result.seconds.get("evaluating", 0)
     return (sum(tuning.values()) + sum(looking.values()))/60
 
 # %% ../../nbs/measure/08_claims.ipynb #d4755e0a
@@ -567,5 +567,5 @@ def runs_of(
 
 
 def _serves(run, needed): # whether an entry of runs.yaml is measured at one of the points
-    measured = {Point(run.name, step, split.n_ddim) for step, split in run.points}
+    measured = {Point(run.name, step, split.drawn) for step, split in run.points}
     return bool(needed & (measured | {Point(run.name, "best")}))

@@ -45,6 +45,7 @@ from ..menagerie.video_judge import candidates
 from ..policy import VideoPolicy
 from ..policy.lora import load_lora, merged_lora
 from ..reward.clip import ClipReward
+from ..reward.plain import brightness, jpeg_bytes
 from ..reward.videoscore import VideoScoreReward
 from ..tuning.run_folder import complete, read_log
 from ..video import film_strip
@@ -146,7 +147,8 @@ def tuned_policy(
         return policy
     clips, captions = drawn_clips(run.clips, run.n_clips, run.seed)
     data = list(zip(clips, captions)) if wants_clips(run) else captions
-    done = tune_run(run, step, policy, {"image": metrics.reward, "video": metrics.video}, data, folder, progress)
+    rewards = {"image": metrics.reward, "video": metrics.video, "bytes": jpeg_bytes, "brightness": brightness}
+    done = tune_run(run, step, policy, rewards, data, folder, progress)
     if done != step:
         raise KitError(
             f'"{folder}" is at step {done} and has no checkpoint of step {step}; '
@@ -164,7 +166,9 @@ def evaluate_policy(
     tuned = getattr(policy.network, "peft_config", None)
     options = dict(oracle=metrics, keep_videos=True, progress=progress, batch=16)
     with merged_lora(policy) if tuned else nullcontext():
-        return evaluate(policy, metrics.reward, split.captions(), split.seeds, split.n_ddim, **options)
+        asked = split.captions(), split.seeds, split.n_ddim
+        drawn = dict(guidance_scale=split.guidance_scale, solver=split.solver)
+        return evaluate(policy, metrics.reward, *asked, **drawn, **options)
 
 # %% ../../nbs/measure/09_execute.ipynb #e8ec0018
 def evaluate_data(
@@ -216,7 +220,7 @@ def run_point(
         if step:
             policy = tuned_policy(run, step, out, metrics, progress)
         else:
-            policy = VideoPolicy.from_pretrained("menagerie", dtype=DTYPES[precision_of(run)])
+            policy = VideoPolicy.from_pretrained(run.policy, dtype=DTYPES[precision_of(run)])
     start = time.perf_counter()
     evaluation = _measure(run, policy, split, metrics, progress)
     log = [row for row in read_log(run_folder(out, run)) if row["step"] <= step] if step else []
@@ -323,7 +327,7 @@ def plan_text(
     "The plan as a table."
     lines = []
     for run, step, split, minutes in rows:
-        where = f"{run.name:14s} seed {run.seed}  step {step:4d}  D {split.n_ddim:2d}"
+        where = f"{run.name:14s} seed {run.seed}  step {step:4d}  {split.drawn:6s}"
         lines.append(f"{where}  {split.n_videos:3d} clips  {minutes:5.1f} min")
     total = sum(minutes for *_, minutes in rows)
     return "\n".join([*lines, f"{len(rows)} points, about {total:.0f} minutes in this process"])
@@ -348,5 +352,5 @@ def run_all(
             say(f"{run.name} seed {run.seed}: failed: {failed[run.name]}")
             continue
         seconds = time.perf_counter() - start
-        say(f"[{i + 1}/{len(left)}] {run.name} seed {run.seed} step {step} D {split.n_ddim}: {seconds:.0f} s")
+        say(f"[{i + 1}/{len(left)}] {run.name} seed {run.seed} step {step} {split.drawn}: {seconds:.0f} s")
     return list(failed.items())

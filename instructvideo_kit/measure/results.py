@@ -46,9 +46,9 @@ def training_facts(
     config = config_of(run)
     kind = "reward" if run.reward == "image" else "videoscore"
     own = {f"set {name}": value for name, value in _changed(config).items()}
+    judge = {"reward weights": weights_hash(config.reward, kind)} if run.reward in ("image", "video") else {}
     return {"algorithm": run.algorithm, "reward": run.reward, "clips": run.clips, "n_clips": run.n_clips,
-            "seed": run.seed,
-            "reward weights": weights_hash(config.reward, kind), **own}
+            "seed": run.seed, **judge, **own}
 
 
 def _changed(config): # fields that matter and are not at their default
@@ -68,11 +68,13 @@ def facts_of(
     "Everything a result depends on but the version."
     captions = sum(split.captions().values(), [])
     weights = [weights_hash("menagerie", kind) for kind in ("reward", "videoscore", "oracle")]
-    measured = {"captions": fingerprint(captions), "noise seeds": list(split.seeds), "n_ddim": split.n_ddim,
+    drawn = {"guidance_scale": split.guidance_scale} if split.guidance_scale is not None else {}
+    drawn |= {"solver": split.solver} if split.solver != "ddim" else {}
+    measured = {"captions": fingerprint(captions), "noise seeds": list(split.seeds), "n_ddim": split.n_ddim, **drawn,
                 "metric weights": weights}
     if run.algorithm in ("data", "judges"): # no policy
         return measured | {"algorithm": run.algorithm, "clips": run.clips, "seed": run.seed}
-    policy = config_of(run).policy if trains(run) else "menagerie"
+    policy = run.policy
     trained = training_facts(run) | {"step": step} if step else {}
     return measured | {"policy weights": weights_hash(policy, "policy"), "dtype": precision_of(run)} | trained
 
@@ -147,7 +149,7 @@ def result_path(
     split: Split,
 ) -> Path:
     "Where a point's result lies."
-    return Path(out)/"results"/f"{run.name}.s{run.seed}.step{step:04d}.d{split.n_ddim}.n{split.n_videos}.json"
+    return Path(out)/"results"/f"{run.name}.s{run.seed}.step{step:04d}.{split.drawn}.n{split.n_videos}.json"
 
 # %% ../../nbs/measure/07_results.ipynb #4e500023
 def state_of(
@@ -190,21 +192,21 @@ class Results:
             if state == "stale" and not why.startswith("made by version"):
                 self.excluded.append(path.stem)
             elif state != "missing":
-                self.found.setdefault((run.name, step, split.n_ddim), {})[run.seed] = Result.load(path)
+                self.found.setdefault((run.name, step, split.drawn), {})[run.seed] = Result.load(path)
 
     def at(self, point: Point) -> dict[int, Result]:
         "The results of a point for each tuning seed; of `run@best` each seed's own best checkpoint."
         if point.step != "best":
-            return self.found.get((point.run, point.step, point.n_ddim), {})
+            return self.found.get((point.run, point.step, point.drawn), {})
         checkpoints = {}
-        for step in self.steps(point.run, point.n_ddim):
-            for seed, result in self.found.get((point.run, step, point.n_ddim), {}).items():
+        for step in self.steps(point.run, point.drawn):
+            for seed, result in self.found.get((point.run, step, point.drawn), {}).items():
                 checkpoints.setdefault(seed, {})[step] = result
         return {seed: _best(of_seed) for seed, of_seed in checkpoints.items()}
 
-    def steps(self, name: str, n_ddim: int = 10) -> list[int]:
+    def steps(self, name: str, drawn: str = "d10") -> list[int]:
         "Steps at which a run was measured."
-        return sorted(step for run, step, d in self.found if (run, d) == (name, n_ddim))
+        return sorted(step for run, step, d in self.found if (run, d) == (name, drawn))
 
 
 def _best(of_seed): # {step: Result} -> the Result chosen by the captions that were tuned on
