@@ -1,6 +1,8 @@
 "The page and the command: every row, plain answers, stale results, shards, interruption, live checks that can fail."
 from dataclasses import replace
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -178,3 +180,21 @@ def test_a_live_check_that_does_not_run_says_why(monkeypatch):
     monkeypatch.setattr(scoreboard, "run_all", lambda every, out, say: [("iv", "RuntimeError: no luck")])
     with pytest.raises(KitError, match="no luck"):
         scoreboard.live_checks(checks=scoreboard.read_checks(read_yaml("live.yaml")))
+
+
+def test_a_run_has_the_rate_that_its_sweep_found_best():
+    "Where a sweep is complete, the run's rate is the one with the highest reward on the captions tuned on."
+    from instructvideo_kit.measure.runs import all_runs, config_of
+    from instructvideo_kit.measure.sweep import all_sweeps, best_rate, rates_tried
+    runs = {run.name: run for run in reversed(all_runs())}
+    for sweep in all_sweeps():
+        best = best_rate(sweep, rates_tried(sweep, Path(__file__).parents[1]/"reproduction"))
+        assert best is None or config_of(runs[sweep.run]).lr == best, sweep.run
+
+
+def test_sweeps_use_no_seed_and_no_caption_of_the_claims():
+    from instructvideo_kit.measure.runs import Split
+    from instructvideo_kit.measure.sweep import TUNED_ON, all_sweeps
+    assert {run.seed for sweep in all_sweeps() for run in sweep.runs}.isdisjoint(range(50))
+    held_out = set(sum(Split((48, 24, 24)).captions().values(), []))
+    assert held_out.isdisjoint(TUNED_ON.captions()["tuned on"])

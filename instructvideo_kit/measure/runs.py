@@ -208,7 +208,8 @@ def _read_point(given, usual): # 40, or {step: 0, n_ddim: 50, counts: [24, 0, 0]
         raise KitError(f"a point is {given!r}, expected a step such as 40")
     changed = {k: tuple(v) if isinstance(v, list) else v for k, v in fields_.items()}
     if unknown := set(changed) - {f.name for f in fields(Split)}:
-        raise KitError(f'a point has the unknown field "{sorted(unknown)[0]}", expected step or {", ".join(f.name for f in fields(Split))}')
+        known = ", ".join(f.name for f in fields(Split))
+        raise KitError(f'a point has the unknown field "{sorted(unknown)[0]}", expected step, {known}')
     return step, replace(usual, **changed)
 
 # %% ../../nbs/measure/05_runs.ipynb #9e5a0019
