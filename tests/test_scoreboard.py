@@ -1,6 +1,5 @@
 "The page and the command: every row, plain answers, stale results, shards, interruption, live checks that can fail."
 from dataclasses import replace
-
 from pathlib import Path
 
 import numpy as np
