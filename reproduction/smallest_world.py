@@ -5,27 +5,35 @@ a setting that hides its signal. The control is the same run with the sign of th
 
     python reproduction/smallest_world.py --algorithm grpo --seed 0
     python reproduction/smallest_world.py --algorithm grpo --seed 0 --sign -1
+    python reproduction/smallest_world.py --every         # three algorithms, three seeds, both signs; goes on
 
-It prints the mean brightness of the first and the last rounds with standard errors (over clips), and the gain in units
-of its own error. A round is drawn before the policy is moved, so the first round is the base."""
+A run says the mean brightness of its first and last rounds with standard errors (over clips), and the gain in units of
+its own error. A round is drawn before the policy is moved, so the first round is the base. With --every, a line for
+each run goes into reproduction/rl/smallest_world.jsonl; runs that stand there are not made again."""
 import argparse
 import json
 import math
 import tempfile
+from itertools import product
 from pathlib import Path
 
+from instructvideo_kit.reward.plain import brightness
+
 CAPTION = "a fox walking to the left in the meadow"
+LINES = Path(__file__).parent/"rl/smallest_world.jsonl"
+ALGORITHMS, SEEDS, SIGNS = ("ddpo", "grpo", "nft"), (0, 1, 2), (1, -1)
 WORLD = dict(n_ddim=10, guidance_scale=1., batch=16, lr=1e-3, rank=8, max_grad_norm=1.)
+WINDOW = dict(group_size=16, window=3, window_first=0, updates_per_round=1)
 OWN = { # what an algorithm needs besides
-    "grpo": dict(group_size=16, window=3, window_first=0),
-    "ddpo": dict(group_size=16, min_count=16, keep=16, updates_per_round=1, window=3, window_first=0,
-                 timestep_fraction=1.),
+    "grpo": WINDOW,
+    "ddpo": dict(**WINDOW, min_count=16, keep=16, timestep_fraction=1.),
+    "nft": dict(group_size=16, captions_per_round=1, updates_per_round=4),
 }
 
 
-def brightness(sign):
-    "A judge: mean of all pixels, times the sign."
-    def judge(frames, prompts): return sign*frames.mean((2, 3, 4))
+def signed(sign):
+    "A judge that likes bright clips (1) or dark ones (-1)."
+    def judge(frames, prompts): return sign*brightness(frames, prompts)
     return judge
 
 
@@ -62,32 +70,51 @@ def overrides(pairs):
     return {name: yaml.safe_load(value) for name, value in (pair.split("=", 1) for pair in pairs)}
 
 
-def run(args):
+def run(algorithm, seed, sign, rounds, out=None, settings=(), model="menagerie"):
     "Tune, and say what came of it."
     from instructvideo_kit.policy import VideoPolicy
     from instructvideo_kit.tuning.algorithm import find, tune
     from instructvideo_kit.tuning.config import load_preset
-    Config = find(args.algorithm).Config
-    fields = {**WORLD, **OWN.get(args.algorithm, {}), "steps": args.steps, "seed": args.seed, "save_every": 4}
-    config = load_preset(f"{args.algorithm}_menagerie", Config, fields | overrides(args.set))
-    out = args.out or Path(tempfile.mkdtemp())/"run"
-    policy, judge = VideoPolicy.from_pretrained("menagerie"), brightness(args.sign)
-    result = tune(args.algorithm, policy, judge, [CAPTION], config, out, resume=out.exists(), progress=False)
-    told = dict(algorithm=args.algorithm, seed=args.seed, sign=args.sign)
-    told |= summary(rounds_of(result.rows()), config.batch, args.sign)
+    own = OWN.get(algorithm, {})
+    steps = rounds*own.get("updates_per_round", 1)
+    fields = {**WORLD, **own, "steps": steps, "seed": seed, "save_every": 4}
+    config = load_preset(f"{algorithm}_menagerie", find(algorithm).Config, fields | overrides(settings))
+    out = out or Path(tempfile.mkdtemp())/"run"
+    policy = VideoPolicy.from_pretrained(model)
+    result = tune(algorithm, policy, signed(sign), [CAPTION], config, out, resume=out.exists(), progress=False)
+    found = rounds_of(result.rows())
+    told = dict(algorithm=algorithm, seed=seed, sign=sign, model=model) | summary(found, config.batch, sign)
+    told["brightness"] = [round(sign*mean, 5) for mean, _ in found]
     told["seconds"] = round(sum(row["seconds"] for row in result.rows()))
     return told
 
 
+def every(rounds, model):
+    "All runs that are not in the file yet, a line for each."
+    LINES.parent.mkdir(exist_ok=True)
+    known = [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
+    done = {(row["algorithm"], row["seed"], row["sign"], row["model"]) for row in known}
+    for seed, algorithm, sign in product(SEEDS, ALGORITHMS, SIGNS):
+        if (algorithm, seed, sign, model) in done: continue
+        told = run(algorithm, seed, sign, rounds, model=model)
+        with open(LINES, "a") as lines: lines.write(json.dumps(told) + "\n")
+        print(algorithm, seed, sign, f"{told['gain']:+.4f}", f"{told['errors']:+.1f} errors", told["seconds"], flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--algorithm", default="grpo")
+    parser.add_argument("--algorithm", default="grpo", choices=sorted(OWN))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sign", type=int, choices=(1, -1), default=1, help="-1: darker is better, the control")
-    parser.add_argument("--steps", type=int, default=24, help="optimiser steps")
+    parser.add_argument("--rounds", type=int, default=16, help="of 16 clips")
+    parser.add_argument("--model", default="menagerie", help="a policy's name or folder")
     parser.add_argument("--out", type=Path, help="run folder; one that is there is gone on with")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the config")
-    print(json.dumps(run(parser.parse_args()), indent=1))
+    parser.add_argument("--every", action="store_true", help="all algorithms, seeds and signs")
+    asked = parser.parse_args()
+    if asked.every: return every(asked.rounds, asked.model)
+    told = run(asked.algorithm, asked.seed, asked.sign, asked.rounds, asked.out, asked.set, asked.model)
+    print(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__": main()

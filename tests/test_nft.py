@@ -226,7 +226,7 @@ def test_cost_is_what_is_counted(folder, options):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_updates_move_towards_the_good_clips_and_away_from_the_bad(folder, sign):
     """On fixed clips and noise: the error falls on clips of high advantage, against those of low; reward is not asked,
-    as a random network would not turn it into redder clips. reproduction/smallest_world_nft.py asks that."""
+    as a random network would not turn it into redder clips. reproduction/smallest_world.py asks that."""
     policy = open_policy(folder)
     algorithm = made(policy, SMALL)
     x0, words = torch.randn(6, *policy.latent_shape, generator=torch.Generator().manual_seed(0)), PROMPTS*2
