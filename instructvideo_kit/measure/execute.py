@@ -105,6 +105,7 @@ class Metrics:
                       dynamic_degree=dynamic_degree(flow_magnitude(videos)))
         features = {f"feature_{i}": values for i, values in enumerate(self.features(videos).T)}
         own = {"reward_all": frames.mean(1), "reward_spread": frames.std(1)}
+        own |= {"brightness": brightness(videos, captions).mean(1), "kilobytes": jpeg_bytes(videos, captions).mean(1)}
         return {**own, **dimensions, **vbench, **self.oracle(videos, captions), **features}
 
 
