@@ -233,7 +233,7 @@ PARTS = { # part -> where it is shipped; an autoencoder is shipped inside the po
 
 def _train_from(part, out, start, given, n_ddim):
     "Train a part that goes on from a pipeline: the decoder of its autoencoder, or a fast policy."
-    if not start: raise KitError(f"--part {part} goes on from a policy: give --start PIPELINE, a directory or menagerie")
+    if not start: raise KitError(f"--part {part} goes on from a policy: give --start PIPELINE, such as menagerie")
     if part == "decoder":
         from instructvideo_kit.menagerie.decoder import train_decoder
         return train_decoder(out, start, **given)

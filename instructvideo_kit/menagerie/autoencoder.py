@@ -144,7 +144,8 @@ def autoencoder_loss(
         z = found.mean.float()
         wrong = wrong_by(z, most, g)
         y = vae.decode(z + wrong).sample.float()
-    loss = picture_loss(y, x, pixel_weight(track, corner, x.shape[-1])) + .05 * unit_scale(z) + 1e-3 * (found.logvar.float() + 4).square().mean()
+    own_noise = (found.logvar.float() + 4).square().mean()
+    loss = picture_loss(y, x, pixel_weight(track, corner, x.shape[-1])) + .05 * unit_scale(z) + 1e-3 * own_noise
     if not half_size: return loss
     with fast_autocast(): small = vae.decode(F.avg_pool2d(z + wrong, 2)).sample.float()
     return loss + .5 * picture_loss(small, F.avg_pool2d(x, 2))

@@ -202,7 +202,8 @@ def halvings(
     "begin / 2, begin / 4, ..., n_ddim; ValueError where halving does not lead there."
     counts = [begin >> k for k in range(1, begin.bit_length()) if begin >> k >= n_ddim >= 1]
     if not counts or counts[-1] != n_ddim or begin != n_ddim << len(counts):
-        raise ValueError(f"n_ddim is {n_ddim}; halving {begin} steps does not lead there: give {begin // 2} or its halves")
+        raise ValueError(f"n_ddim is {n_ddim}; halving {begin} steps does not lead there: give {begin // 2} or a half "
+                         "of it")
     return counts
 
 # %% ../../nbs/menagerie/13_fast.ipynb #74e7da0f
