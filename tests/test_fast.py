@@ -160,10 +160,12 @@ def test_bad_input(home, tmp_path):
     for train in (fast.train_fast, decoder.train_decoder):
         with pytest.raises(KitError, match="model_index.json is missing"): train(tmp_path/"out", tmp_path)
         with pytest.raises(ValueError, match="steps is 0"): train(tmp_path/"out", home, steps=0)
-    with pytest.raises(ValueError, match="n_ddim is 0; halving 0 steps"): fast.train_fast(tmp_path/"out", home, n_ddim=0)
+    for n in (0, 2000):
+        with pytest.raises(ValueError, match=f"n_ddim is {n}"): fast.train_fast(tmp_path/"out", home, n_ddim=n)
     with pytest.raises(ValueError, match="tau is 0"): decoder.OwnFrames(None, tau=0)
     tiny_pipeline(tmp_path/"small")
-    with pytest.raises(KitError, match="draws 8 frames of 16 x 16 pixels"): fast.train_fast(tmp_path/"out", tmp_path/"small")
+    with pytest.raises(KitError, match="draws 8 frames of 16 x 16 pixels"):
+        fast.train_fast(tmp_path/"out", tmp_path/"small")
 
 
 def test_command(home, tmp_path, monkeypatch):
