@@ -215,7 +215,8 @@ def stages(
     "Guidance, unless the teacher has none; then halvings, from four times the steps, or from a fast teacher's own."
     schedule = Schedule.from_scheduler(fast_scheduler(teacher.scheduler))
     fast = teacher.guidance_scale == 1 and "n_ddim" in teacher.kit
-    begin = teacher.n_ddim if fast else 4 * n_ddim
+    begin, most = teacher.n_ddim if fast else 4 * n_ddim, schedule.n_train // 4
+    if not 1 <= n_ddim <= most: raise ValueError(f"n_ddim is {n_ddim}; expected 1 to {most} steps, such as 8")
     found = []
     if teacher.guidance_scale != 1:
         settings = dict(blank=teacher.embed([""]), w=teacher.guidance_scale, grid=schedule.timesteps(begin))
