@@ -162,7 +162,7 @@ def test_bad_input(home, tmp_path):
         with pytest.raises(ValueError, match="steps is 0"): train(tmp_path/"out", home, steps=0)
     for n in (0, 2000):
         with pytest.raises(ValueError, match=f"n_ddim is {n}; expected 1 to 250"):
-                fast.train_fast(tmp_path/"out", home, n_ddim=n)
+            fast.train_fast(tmp_path/"out", home, n_ddim=n)
     with pytest.raises(ValueError, match="tau is 0"): decoder.OwnFrames(None, tau=0)
     tiny_pipeline(tmp_path/"small")
     with pytest.raises(KitError, match="draws 8 frames of 16 x 16 pixels"):
