@@ -252,7 +252,7 @@ def draw_samples(
     policy:str, # name or path
     lora:Path|None, # run folder, or folder of a LoRA
     jobs:Sequence[tuple], # (caption, seed)
-    n_ddim:int=20, # D
+    n_ddim:int|None=None, # D; None: the policy's own
     guidance:float|None=None, # None: the policy's own
 )->torch.Tensor: # (n, f, 3, h, w) in [0, 1]
     "Videos of a policy, tuned or not."

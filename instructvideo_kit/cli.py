@@ -177,7 +177,7 @@ def sample(
     policy: Policy = "menagerie",
     lora: Annotated[Path | None, typer.Option(help="Run folder, or folder of a LoRA.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the mp4 files and strip.png.")] = Path("runs/sample"),
-    steps: Steps = 20,
+    steps: Annotated[int | None, typer.Option(min=1, help="DDIM steps; the policy's own by default.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the policy's own by default.")] = None,
     seed: Seed = 0,
     n: Annotated[int, typer.Option(min=1, help="Videos per caption.")] = 1,
@@ -227,12 +227,23 @@ def evaluate(
 
 # %% ../nbs/95_cli.ipynb #feff3c36
 PARTS = { # part -> where it is shipped; an autoencoder is shipped inside the policies
-    "autoencoder": None, "policy": "policy/menagerie", "i2v": "policy/menagerie-i2v", "judge": "reward/menagerie",
-    "video-judge": "videoscore/menagerie", "oracle": "oracle/menagerie"}
+    "autoencoder": None, "decoder": None, "policy": "policy/menagerie", "fast": "policy/menagerie-fast",
+    "i2v": "policy/menagerie-i2v", "judge": "reward/menagerie", "video-judge": "videoscore/menagerie",
+    "oracle": "oracle/menagerie"}
 
-def _train(part, out, steps, picture_steps, seed, start=None, vae=None):
+def _train_from(part, out, start, given, n_ddim):
+    "Train a part that goes on from a pipeline: the decoder of its autoencoder, or a fast policy."
+    if not start: raise KitError(f"--part {part} goes on from a policy: give --start PIPELINE, such as menagerie")
+    if part == "decoder":
+        from instructvideo_kit.menagerie.decoder import train_decoder
+        return train_decoder(out, start, **given)
+    from instructvideo_kit.menagerie.fast import train_fast
+    return train_fast(out, start, **given, **({"n_ddim": n_ddim} if n_ddim else {}))
+
+def _train(part, out, steps, picture_steps, seed, start=None, vae=None, n_ddim=None):
     "Train a part; its finished folder."
     given = {"seed": seed} | ({"steps": steps} if steps else {})
+    if part in ("decoder", "fast"): return _train_from(part, out, start, given, n_ddim)
     if part == "policy":
         from instructvideo_kit.menagerie.models import train_policy
         chosen = {"clip_steps": steps, "picture_steps": picture_steps, "start": start, "vae": vae}
@@ -257,24 +268,26 @@ def _train(part, out, steps, picture_steps, seed, start=None, vae=None):
 
 @menagerie.command()
 def train(
-    part: Annotated[str, typer.Option(help="autoencoder, policy, i2v, judge, video-judge or oracle.")],
+    part: Annotated[str, typer.Option(help="autoencoder, policy, decoder, fast, i2v, judge, video-judge or oracle.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; goes on from the checkpoint in it.")],
     steps: Annotated[int | None, typer.Option(
-        min=1, help="Optimiser steps (policy: of its second phase, on clips).")] = None,
+        min=1, help="Optimiser steps (policy: of its second phase, on clips; fast: of each stage).")] = None,
     picture_steps: Annotated[int | None, typer.Option(
         min=0, help="Policy: steps of its first phase, on pictures.")] = None,
     start: Annotated[str | None, typer.Option(
         help="Go on from this pipeline directory or shipped policy (autoencoder: from its folder).")] = None,
     vae: Annotated[Path | None, typer.Option(help="Policy: folder of a finished autoencoder.")] = None,
+    n_ddim: Annotated[int | None, typer.Option(min=1, help="Fast: steps it shall draw in; 8 by default.")] = None,
     seed: Seed = 0,
     ship: Annotated[bool, typer.Option("--ship", help="Put the result in place of the shipped weights.")] = False,
 ):
     "Train a model of the menagerie from nothing (hours for the policy, minutes for judge and oracle)."
     if part not in PARTS: raise KitError(f'--part is "{part}"; {near(part, PARTS)}')
     if ship and not PARTS[part]:
-        raise KitError("an autoencoder is shipped inside the policies: train one with --vae FOLDER")
+        raise KitError("an autoencoder is shipped inside the policies: train one with --vae FOLDER, or go on from a "
+                       "finished decoder's pipeline with --part policy --start FOLDER")
     prepare()
-    folder = _train(part, out, steps, picture_steps, seed, start, vae)
+    folder = _train(part, out, steps, picture_steps, seed, start, vae, n_ddim)
     if ship:
         from instructvideo_kit.app import ship as put_in_place
         folder = put_in_place(folder, HERE/"weights"/PARTS[part])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPORAL', 'GUIDE_WEIGHTS', 'PHASES', 'new_unet', 'new_text_encoder', 'new_scheduler', 'pictures_only', 'Pool',
            'spread_timesteps', 'denoising_loss', 'guide_targets', 'Guides', 'seeing', 'train_phase', 'as_policy',
-           'sheet', 'looker', 'open_parts', 'new_parts', 'train_policy']
+           'sheet', 'looker', 'open_parts', 'open_policy', 'new_parts', 'train_policy']
 
 # %% ../../nbs/menagerie/10_models.ipynb #5b5bbd5c
 import contextlib
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..diffusion.schedule import corrupt
+from ..files import KitError
 from ..machine import fast_autocast
 from .autoencoder import SIZE, presence, tracks, train_autoencoder
 from .captions import prompts, scenes
@@ -105,7 +106,7 @@ class Pool:
         self.z = torch.empty(size, vae.config.latent_channels, n_frames, 8, 8)
         self.ids = torch.empty(size, MAX_TOKENS, dtype=torch.long)
         self.track = torch.zeros(size, n_frames, 3)
-        for k in range(0, first, 100): self.add(100, [seed, 3, k])
+        for k in range(0, first, 100): self.add(min(100, first - k), [seed, 3, k])
 
     @torch.no_grad()
     def encode(self, clips:Tensor)->Tensor: # (b, c, f, 8, 8), unit standard deviation
@@ -293,10 +294,11 @@ def sheet(
     n:int=24, # captions of the evaluation split
     guidance_scale:float|None=None, # None: the policy's own
     seed:int=0, # of captions and noise
+    n_ddim:int|None=None, # DDIM steps; None: the policy's own
 )->"Image": # PIL
     "First draws for held-out captions, the middle frame of each."
     asked = prompts(n, seed=seed)
-    videos = policy.generate(asked, n_ddim=20, guidance_scale=guidance_scale, seed=seed)
+    videos = policy.generate(asked, n_ddim, guidance_scale=guidance_scale, seed=seed)
     return clip_grid(videos[:, videos.shape[1] // 2:][:, :1], scale=2, labels=asked)
 
 # %% ../../nbs/menagerie/10_models.ipynb #dc301e01
@@ -324,6 +326,21 @@ def open_parts(
     modules = dict(unet=base.unet, text_encoder=base.text_encoder)
     for m in modules.values(): m.train().requires_grad_(True)
     return modules, base.vae, base.tokenizer
+
+# %% ../../nbs/menagerie/10_models.ipynb #8fa8c9a3
+def open_policy(
+    start, # a pipeline directory, or a shipped name
+)->VideoPolicy: # frozen
+    "A text-to-video policy of this world, to learn from; KitError for another kind or another size."
+    policy = VideoPolicy.from_pretrained(start)
+    if type(policy) is not VideoPolicy:
+        raise KitError(f'"{start}" is a {type(policy).__name__}; expected a text-to-video policy, '
+                       "as `menagerie train --part policy` makes")
+    if policy.latent_shape[1:] != (16, 8, 8) or policy.size != (SIZE, SIZE):
+        h, w = policy.size
+        raise KitError(f'"{start}" draws {policy.n_frames} frames of {h} x {w} pixels, perhaps an older model; '
+                       f"this world has 16 of {SIZE} x {SIZE}: train one with --part policy")
+    return policy
 
 # %% ../../nbs/menagerie/10_models.ipynb #ee12cc02
 def new_parts(

@@ -252,7 +252,7 @@ class VideoPolicy(Shapes):
         encoder:Any, # CLIPTextModel
         tokenizer:Any, # CLIPTokenizer
         scheduler:Any, # DDIMScheduler: only its noise schedule is used
-        kit:dict=None, # contents of kit.json: n_frames, size, guidance_scale, name
+        kit:dict=None, # contents of kit.json: n_frames, size, guidance_scale, n_ddim, name
     ):
         for part, module in zip(self.PARTS, (network, vae, encoder, tokenizer, scheduler)): setattr(self, part, module)
         for module in self.modules(): module.requires_grad_(False).eval()
@@ -264,12 +264,13 @@ class VideoPolicy(Shapes):
 
     def take_settings(
         self,
-        settings:dict, # n_frames, size, guidance_scale and perhaps name
+        settings:dict, # n_frames, size, guidance_scale and perhaps n_ddim and name
     )->None:
         "Keep what kit.json or the model says of its clips."
         self.n_frames = int(settings["n_frames"])
         self.size = tuple(int(side) for side in settings["size"])
         self.guidance_scale = float(settings["guidance_scale"])
+        self.n_ddim = int(settings.get("n_ddim", 20))
         self.name = settings.get("name", "")
 
     @classmethod
@@ -635,7 +636,7 @@ def count(
 def generate(
     self:VideoPolicy,
     prompts:Sequence[str]=None, # b captions
-    n_ddim:int=20, # D, DDIM steps
+    n_ddim:int=None, # D, DDIM steps; None: this policy's own, 20 unless kit.json says another
     guidance_scale:float=None, # w; None: this policy's own
     seed:int=0, # seed of the start noise
     noise:Tensor=None, # start noise (b, c, f, h, w) instead
@@ -647,6 +648,7 @@ def generate(
     """Full chain (no noise on the way), decoded and clamped. ValueError for another count of noises, or an unknown
     solver."""
     n = self.count(prompts, image)
+    n_ddim = self.n_ddim if n_ddim is None else n_ddim
     noise = self.noise(range(n), seed) if noise is None else noise.to(self.device)
     if len(noise) != n: raise ValueError(f"noise for {len(noise)} clips, but {n} prompts: expected as many")
     timesteps, starts, videos = self.schedule.timesteps(n_ddim), range(0, n, batch), []
