@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -30,6 +31,9 @@ from .models import Pool, open_policy, sheet, spread_timesteps
 from .oracle import Oracle
 from .training import Run, fit
 from ..policy.base import VideoPolicy
+
+if TYPE_CHECKING: # read where it is used: diffusers imports slowly
+    from diffusers import DDIMScheduler
 
 # %% ../../nbs/menagerie/13_fast.ipynb #ba84cede
 def fast_scheduler(
