@@ -25,6 +25,7 @@ from .captions import prompts, scenes
 from .defects import render
 from .tokens import MAX_TOKENS, menagerie_tokenizer, token_ids
 from .training import Run, fit
+from .world import SIZE
 from ..policy.base import VideoPolicy
 from ..video import clip_grid
 
