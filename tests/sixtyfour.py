@@ -21,17 +21,22 @@ def autoencoder():
     return trained.float().requires_grad_(False)
 
 
-def write_policies(folder, width=(16, 32)):
-    "policy/menagerie and policy/menagerie-i2v, with a small network."
-    from instructvideo_kit.menagerie.models import as_policy, new_scheduler, new_text_encoder, new_unet
+def small_policy(width=(16, 32)):
+    "Text to video, with a small network."
+    from instructvideo_kit.menagerie.models import as_policy, new_text_encoder, new_unet
     from instructvideo_kit.menagerie.tokens import menagerie_tokenizer
-    from instructvideo_kit.policy.first_frame import FirstFramePolicy, widened
-    tokenizer, vae = menagerie_tokenizer(), autoencoder()
+    tokenizer = menagerie_tokenizer()
     modules = dict(unet=new_unet(width=width), text_encoder=new_text_encoder(tokenizer))
-    base = as_policy(modules, vae, tokenizer)
+    return as_policy(modules, autoencoder(), tokenizer)
+
+
+def write_policies(folder):
+    "policy/menagerie and policy/menagerie-i2v."
+    from instructvideo_kit.policy.first_frame import FirstFramePolicy, widened
+    base = small_policy()
     base.save_pretrained(folder/"menagerie")
     kit = {**base.kit, "name": "menagerie-i2v"}
-    wide = FirstFramePolicy(widened(base.unet), vae, base.text_encoder, tokenizer, new_scheduler(), kit)
+    wide = FirstFramePolicy(widened(base.unet), base.vae, base.text_encoder, base.tokenizer, base.scheduler, kit)
     wide.save_pretrained(folder/"menagerie-i2v")
 
 

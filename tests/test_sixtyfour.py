@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sixtyfour import write_set  # noqa: E402
+from sixtyfour import small_policy, write_set  # noqa: E402
 from tiny import tiny_pipeline  # noqa: E402
 
 from instructvideo_kit import app, demo, doctor  # noqa: E402
@@ -26,7 +26,7 @@ FEW = dict(steps=1, batch=2, n_ddim=2, rank=2, save_every=1)
 PRESETS = { # preset -> what makes one step of it cheap
     "menagerie": {}, "draft_menagerie": {}, "ddpo_menagerie": dict(updates_per_round=1),
     "grpo_menagerie": dict(group_size=2, window=1),
-    "nft_menagerie": dict(group_size=2, captions_per_round=1, updates_per_round=1, samples_at_once=2),
+    "nft_menagerie": dict(group_size=4, captions_per_round=1, updates_per_round=2, samples_at_once=4),
     "onlinevpo_menagerie": dict(batch=1, n_candidates=2, samples_at_once=2, timesteps_per_pair=1)}
 
 
@@ -79,8 +79,11 @@ def test_sample_and_evaluate_a_run(run, tmp_path):
 
 
 def test_the_demo_runs_through(tmp_path):
-    size = demo.DemoSize(captions=3, seeds=1, n_ddim=2, clips=4, steps=1)
-    assert demo.run_demo(tmp_path/"demo", size=size).stat().st_size > 10_000
+    size = demo.DemoSize(captions=3, seeds=1, n_ddim=2, clips=2, steps=1)
+    fewer = locate("menagerie", "preset").read_text().replace("n_ddim: 20", "n_ddim: 4").replace("batch: 4", "batch: 1")
+    (tmp_path/"preset.yaml").write_text(fewer)
+    report = demo.run_demo(tmp_path/"demo", preset=tmp_path/"preset.yaml", size=size)
+    assert report.stat().st_size > 10_000
 
 
 def test_figures_of_reproduce(policy):
@@ -118,10 +121,9 @@ def test_widgets_show_it(policy):
 def test_votes_on_clips_and_their_portrait(tmp_path):
     from instructvideo_kit.feedback.commands import simulate, train_reward
     from instructvideo_kit.feedback.pool import make_pool
-    from instructvideo_kit.feedback.session import VoteSession
     drawn = scenes("tune", 12, 0)
     make_pool(tmp_path/"pool", render(drawn, size=64), [s.caption for s in drawn])
-    simulate(VoteSession(tmp_path/"pool", "warm", goal=6), "warm")
+    simulate(tmp_path/"pool", "warm", votes=6)
     assert train_reward(tmp_path/"pool", "warm", echo=lambda *_: None).is_dir()
 
 
@@ -145,10 +147,17 @@ def refusal(call):
 def test_a_lora_of_an_older_model_says_so(older, policy, tmp_path):
     old = VideoPolicy.from_pretrained(older)
     add_lora(old, 2)
-    path = save_lora(old, tmp_path)
+    save_lora(old, tmp_path)
     said = refusal(lambda: load_lora(policy, tmp_path))
     assert "perhaps an older one of the same name" in said and "8 frames of 16 x 16" in said and "64 x 64" in said
-    save_file(load_file(path), tmp_path/LORA_FILE) # as it was written before the header knew
+
+
+def test_a_lora_from_before_its_header_knew_says_so(policy, tmp_path):
+    "Such as those of the world at 32 x 32: the same layers, other widths."
+    old = small_policy(width=(16, 24))
+    add_lora(old, 2)
+    state = load_file(save_lora(old, tmp_path))
+    save_file(state, tmp_path/LORA_FILE)
     assert "perhaps an older one of the same name" in refusal(lambda: load_lora(policy, tmp_path))
 
 
@@ -166,4 +175,4 @@ def test_a_run_of_an_older_model_says_so(older, tmp_path):
     assert "belongs to another model, perhaps an older one" in said and "8 frames of 16 x 16" in said
     inputs = json.loads((tmp_path/"run/inputs.json").read_text())
     (tmp_path/"run/inputs.json").write_text(json.dumps({k: v for k, v in inputs.items() if k != "base"}))
-    assert "perhaps an older one" in refusal(go_on), "its checkpoint says so where the folder does not know"
+    assert "perhaps an older one" in refusal(go_on), "its checkpoint says so where the folder does not"
