@@ -1,5 +1,5 @@
-"""Every door of the kit with a set of weights for the world at 64 x 64, small and untrained: nothing may assume the size
-of the set that happens to be shipped. `tests/sixtyfour.py` writes such a set for a closer look."""
+"""Every door of the kit with a set of weights for the world at 64 x 64, small and untrained: nothing may assume the
+size of the set that happens to be shipped. `tests/sixtyfour.py` writes such a set for a closer look."""
 import json
 import sys
 from pathlib import Path

@@ -56,7 +56,8 @@ def hacking_png(
     "The frame before and after, their difference (ten times), the way of the score; ValueError for a step not taken."
     if not 0 <= step < len(hacked.frames): raise ValueError(f"step {step}: expected 0..{len(hacked.frames) - 1}")
     first, now = hacked.frames[0], hacked.frames[step]
-    strip = film_strip(torch.stack([first, now, (0.5 + 10 * (now - first)).clamp(0, 1)]), every=1, scale=scale or magnification(first, 128, 4))
+    rows = torch.stack([first, now, (0.5 + 10 * (now - first)).clamp(0, 1)])
+    strip = film_strip(rows, every=1, scale=scale or magnification(first, 128, 4))
     figure = Figure(figsize=(3.6, strip.height / 90), dpi=90)
     ax = figure.subplots(gridspec_kw=dict(left=0.18, right=0.97, bottom=0.36, top=0.94))
     ax.plot(hacked.scores, color="0.75")
