@@ -54,13 +54,21 @@ def redness(clip, where):
     return ((red * where).sum() / (where.sum() * clip.shape[1])).item()
 
 
+def side_of(pipeline):
+    "Side of the frames in pixels, and the pixels of a 32nd of it: points below are laid out on 32 by 32 units."
+    side = pipeline.size[0]
+    return side, side / 32
+
+
 def painting(pipeline, args):
     "Redness at the painted place, with and without the blob, one seed a pair."
-    scene, at = Scene("fox", "rest", "meadow", 3), (13., 8.)
-    picture, session = render([scene])[:, 0], EditSession(32, 32)
-    session.stroke([at], "#e01818", 9)
-    session.mask_stroke([at], 11)
-    painted, where, elsewhere = session.paint(picture), disc(at, 4, (32, 32)), 1 - disc(at, 8, (32, 32))
+    side, unit = side_of(pipeline)
+    scene, at = Scene("fox", "rest", "meadow", 3), (13. * unit, 8. * unit)
+    picture, session = render([scene], size=side)[:, 0], EditSession(side, side)
+    session.stroke([at], "#e01818", 9 * unit)
+    session.mask_stroke([at], 11 * unit)
+    painted = session.paint(picture)
+    where, elsewhere = disc(at, 4 * unit, (side, side)), 1 - disc(at, 8 * unit, (side, side))
     ways = {**{f"lambda {lam:g}": dict(lam=lam) for lam in (0., .25, .5, .75)},
             "lambda 0, masked": dict(lam=0., mask=session.mask()),
             "lambda 0, masked, hold .6": dict(lam=0., mask=session.mask(), hold=.6),
@@ -83,7 +91,7 @@ def painting(pipeline, args):
 
 def drag(pipeline, args):
     "Share of cases that end near the arrow's end, with the arrow and without."
-    cases, found = arrow_cases(args.cases, args.case_seed), {}
+    cases, found = arrow_cases(args.cases, args.case_seed, size=side_of(pipeline)[0]), {}
     ways = {"no arrow": {}, **{f"arrow, follow {share:g}": dict(follow=share) for share in args.follow}}
     for name, way in ways.items():
         def go(i, c, way=way):
@@ -103,7 +111,8 @@ def alignment(pipeline, args):
     edit draws the one the text names. By caption."""
     judge, found = ClipReward.from_pretrained("menagerie"), {}
     wanted = [parse(caption) for caption in prompts(args.captions, "evaluation", "in-domain")]
-    pictures = [render([replace(scene, species=wanted[i - 1].species, seed=i)])[:, 0] for i, scene in enumerate(wanted)]
+    others = [replace(scene, species=wanted[i - 1].species, seed=i) for i, scene in enumerate(wanted)]
+    pictures = [render([other], size=side_of(pipeline)[0])[:, 0] for other in others]
     edits = [pipeline.image(scene.caption, picture, .8, seed=i, n_ddim=args.n_ddim)
              for i, (scene, picture) in enumerate(zip(wanted, pictures))]
     targets = {"image": judge.image_features(torch.stack(edits, 1))[0],
@@ -127,7 +136,7 @@ def alignment(pipeline, args):
 def overhead(pipeline, args):
     "Seconds of a blended run against those of two plain runs."
     scene = Scene("fox", "rest", "meadow", 3)
-    picture = render([scene])[:, 0]
+    picture = render([scene], size=side_of(pipeline)[0])[:, 0]
     painted = (picture + .3).clamp(0, 1)
     def one(image, **k):
         return pipeline.video(image, scene.caption, n_ddim=4, **k)
@@ -145,14 +154,16 @@ def latency(pipeline, args):
     "Seconds of each instruction and of the two stages, and peak memory of a video."
     photo = Image.effect_noise((512, 512), 60).convert("RGB")
     scene = Scene("fox", "rest", "meadow", 3)
-    device = args.device
-    picture, session, words = render([scene])[:, 0], EditSession(32, 32), iter(range(10 ** 6))
+    device, words = args.device, iter(range(10 ** 6))
+    side, unit = side_of(pipeline)
+    picture, session = render([scene], size=side)[:, 0], EditSession(side, side)
     def content():
         "A stroke is painted and a caption nobody has read yet is read."
-        session.stroke([(4, 4), (9, 20), (28, 12)], "red", 3)
+        session.stroke([(x * unit, y * unit) for x, y in ((4, 4), (9, 20), (28, 12))], "red", 3 * unit)
         session.paint(picture)
         pipeline.i2v.embed([f"a fox {next(words)}"])
-    def trajectory(): pipeline.target(picture, picture, [((10., 10.), (20., 16.), 8.)], torch.tensor(1.))
+    arrow = (10. * unit, 10. * unit), (20. * unit, 16. * unit), 8. * unit
+    def trajectory(): pipeline.target(picture, picture, [arrow], torch.tensor(1.))
     calls = {"image instruction": lambda: pipeline.i2v.image_latents(pipeline.to_image(photo)),
              "content instruction": content, "trajectory instruction": trajectory}
     times = step.in_turn(calls, 5 * args.repeats, device)

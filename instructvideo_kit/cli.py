@@ -290,7 +290,7 @@ def train(
     folder = _train(part, out, steps, picture_steps, seed, start, vae, n_ddim)
     if ship:
         from instructvideo_kit.app import ship as put_in_place
-        folder = put_in_place(folder, HERE/"weights"/PARTS[part])
+        folder = put_in_place(folder, files.weights_home()/PARTS[part])
     typer.echo(f"{part}: {folder}")
 
 @menagerie.command()

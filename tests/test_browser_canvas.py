@@ -22,7 +22,7 @@ from pathlib import Path
 from instructvideo_kit.menagerie.defects import render
 from instructvideo_kit.menagerie.world import Scene
 from instructvideo_kit.widgets.canvas import Canvas, pipeline_generate
-fox = render([Scene('fox', 'right', 'meadow', seed=3)])[0, 0]"""
+fox = render([Scene('fox', 'right', 'meadow', seed=3)], size=32)[0, 0]"""
 STAND_IN = """def generate(session, progress, stop):
     for i in range(8):
         while i == 3 and not Path('go').exists() and not stop(): time.sleep(.05) # until the test has looked

@@ -91,7 +91,7 @@ def test_the_shipped_one_keeps_its_picture():
     from instructvideo_kit.menagerie.captions import scenes
     from instructvideo_kit.menagerie.defects import render
     policy, chosen = VideoPolicy.from_pretrained("menagerie-i2v"), scenes("evaluation", 4, 3)
-    image = render(chosen, torch.zeros(4, 1, dtype=torch.long))[:, 0]
+    image = render(chosen, torch.zeros(4, 1, dtype=torch.long), size=policy.size[0])[:, 0]
     first = policy.generate([s.caption for s in chosen], 5, image=image)[:, 0]
     def apart(other):
         return (first - other).abs().mean((1, 2, 3))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from instructvideo_kit.measure.judges import agreement, chance, judge_table, mrr_bounds, pairwise_accuracy, table_text
 from instructvideo_kit.measure.metrics import rank_metrics
+from instructvideo_kit.menagerie.judge import PICTURE, frame_size
 from instructvideo_kit.menagerie.video_judge import (
     DIMENSIONS,
     borrow_eyes,
@@ -128,7 +129,7 @@ def test_spoiling_freezes_and_splices_where_it_should():
 
 
 def test_candidates_are_one_caption_with_strengths_from_0_to_1():
-    clips, captions, strengths = candidates(3, 4, ("flicker",), seed=1)
+    clips, captions, strengths = candidates(3, 4, ("flicker",), seed=1, size=32)
     assert clips.shape == (3, 4, 16, 3, 32, 32) and len(set(captions)) <= 3
     assert torch.allclose(strengths.sort(1).values, torch.tensor([0, 1 / 3, 2 / 3, 1]).expand(3, -1))
     jumps = clips.mean((3, 4, 5)).diff(dim=2).abs().mean(2)
@@ -136,16 +137,17 @@ def test_candidates_are_one_caption_with_strengths_from_0_to_1():
 
 
 def test_eyes_are_borrowed_faithfully():
-    reward, _ = new_video_judge(size=32) # as the shipped image judge
     clip = ClipReward.from_pretrained("menagerie")
-    frames = torch.rand(12, 3, 36, 36, generator=torch.Generator().manual_seed(0))
+    reward, _ = new_video_judge(size=frame_size(clip.model.config))
+    side, patch = PICTURE[frame_size(clip.model.config)]
+    frames = torch.rand(12, 3, side, side, generator=torch.Generator().manual_seed(0))
     ours, theirs = reward.model.model.vision_model, clip.model.vision_model
     with torch.no_grad():
         borrow_eyes(ours, theirs, 2 * frames - 1)
         a = ours(pixel_values=2 * frames - 1,
-                 patch_attention_mask=torch.ones(12, 6, 6, dtype=torch.bool)).last_hidden_state
+                 patch_attention_mask=torch.ones(12, side // patch, side // patch, dtype=torch.bool)).last_hidden_state
         from instructvideo_kit.reward.base import preprocess
-        b = theirs.post_layernorm(theirs(preprocess(frames, 36, "squash")).last_hidden_state[:, 1:])
+        b = theirs.post_layernorm(theirs(preprocess(frames, side, "squash")).last_hidden_state[:, 1:])
     same = torch.nn.functional.cosine_similarity(a, b, dim=-1).mean()
     others = torch.nn.functional.cosine_similarity(a, b.roll(1, 0), dim=-1).mean()
     assert same > .8 and same > others + .1
@@ -203,13 +205,14 @@ def test_the_ranking_loss_pulls_the_marks_of_two_captions_apart():
 
 def test_the_shipped_video_judge_knows_a_steady_clip(video_judge):
     assert video_judge.dims == DIMENSIONS and video_judge.name == "menagerie"
-    clips, captions, strengths = candidates(6, 2, ("flicker", "jitter"), seed=21)
+    clips, captions, strengths = candidates(6, 2, ("flicker", "jitter"), seed=21,
+                                               size=frame_size(video_judge.model.config))
     with torch.no_grad(): scores = torch.stack([video_judge(c, [p] * 2)[:, 1] for c, p in zip(clips, captions)])
     assert ((scores[:, 0] > scores[:, 1]) == (strengths[:, 0] < strengths[:, 1])).float().mean() >= 5 / 6
 
 
 def test_the_shipped_video_judge_does_not_mind_its_neighbours(video_judge):
-    clips, captions, _ = candidates(2, 2, seed=22)
+    clips, captions, _ = candidates(2, 2, seed=22, size=frame_size(video_judge.model.config))
     flat, said = clips.flatten(0, 1), [p for p in captions for _ in range(2)]
     with torch.no_grad():
         together, alone = video_judge(flat, said), torch.cat([video_judge(x[None], [p]) for x, p in zip(flat, said)])

@@ -9,6 +9,7 @@ from torch import nn
 
 from instructvideo_kit.menagerie.captions import scenes
 from instructvideo_kit.menagerie.defects import render
+from instructvideo_kit.menagerie.oracle import Oracle
 from instructvideo_kit.reward.base import check_trained
 from instructvideo_kit.reward.clip import AestheticReward, ClipReward
 from instructvideo_kit.reward.compose import WeightedReward, per_clip
@@ -29,7 +30,8 @@ def judges():
 
 def size_of(judge):
     "A size that the judge knows."
-    return int(getattr(judge, "trained", {}).get("size", (32, 32))[-1])
+    known = getattr(judge, "trained", {}).get("size")
+    return int(known[-1]) if known else Oracle.from_pretrained().size # which reads the clips they were trained on
 
 def clips_of(judge, n, seed):
     drawn = scenes("evaluation", n, seed=seed, clean=True)

@@ -26,6 +26,7 @@ from instructvideo_kit.measure.metrics import (
     flow_magnitude,
     motion_smoothness,
     rank_metrics,
+    shrunk,
 )
 from instructvideo_kit.measure.results import (
     Result,
@@ -42,6 +43,7 @@ from ..menagerie.captions import scenes
 from ..menagerie.defects import DEFECTS, render
 from ..menagerie.oracle import Oracle, parse
 from ..menagerie.video_judge import candidates
+from ..menagerie.world import SIZE
 from ..policy import VideoPolicy
 from ..policy.lora import load_lora, merged_lora
 from ..reward.clip import ClipReward
@@ -56,6 +58,7 @@ def drawn_clips(
     n: int, # clips
     seed: int, # of scenes and defects
     captions: list[str] | None = None, # captions to draw; None: random ones of the tuning split
+    size: int = SIZE, # height and width, pixels: those of the policy or of the judges
 ) -> tuple[torch.Tensor, list[str]]: # (clips (n, f, 3, h, w), n captions)
     "Clips of the menagerie with the defects that the kind says."
     rng = np.random.default_rng([seed, 7])
@@ -64,7 +67,7 @@ def drawn_clips(
         chosen = [replace(parse(caption), seed=s.seed, defects=s.defects) for caption, s in zip(captions, chosen)]
     if kind == "spoiled":
         chosen = [_spoiled(scene, rng) for scene in chosen]
-    return render(chosen), [scene.caption for scene in chosen]
+    return render(chosen, size=size), [scene.caption for scene in chosen]
 
 
 def _spoiled(scene, rng): # a scene with two strong defects
@@ -80,6 +83,7 @@ class Metrics:
         self.reward = ClipReward.from_pretrained("menagerie")
         self.video = VideoScoreReward.from_pretrained("menagerie")
         self.oracle = Oracle.from_pretrained("menagerie")
+        self.size = self.oracle.size # of the clips, pixels
         self.axes = None # of `features`, computed once
 
     def view(self, videos: torch.Tensor) -> torch.Tensor:
@@ -89,7 +93,7 @@ class Metrics:
     def features(self, videos: torch.Tensor) -> torch.Tensor:
         "Where a clip lies in that view (b, N_FEATURES): mean and change of its frames, along the axes of clean clips."
         if self.axes is None:
-            self.axes = _main_axes(_summary(self.view(render(scenes("train", 64, 5, clean=True)))))
+            self.axes = _main_axes(_summary(self.view(render(scenes("train", 64, 5, clean=True), size=self.size))))
         mean, spread, axes = self.axes
         return (_summary(self.view(videos)) - mean)/spread @ axes.T
 
@@ -102,7 +106,7 @@ class Metrics:
         vbench = dict(subject_consistency=consistency(self.reward.image_features(videos)),
                       background_consistency=consistency(self.view(videos)),
                       motion_smoothness=motion_smoothness(videos),
-                      dynamic_degree=dynamic_degree(flow_magnitude(videos)))
+                      dynamic_degree=dynamic_degree(flow_magnitude(shrunk(videos))))
         features = {f"feature_{i}": values for i, values in enumerate(self.features(videos).T)}
         own = {"reward_all": frames.mean(1), "reward_spread": frames.std(1)}
         own |= {"brightness": brightness(videos, captions).mean(1), "kilobytes": jpeg_bytes(videos, captions).mean(1)}
@@ -146,7 +150,7 @@ def tuned_policy(
     if complete(checkpoint):
         load_lora(policy, checkpoint)
         return policy
-    clips, captions = drawn_clips(run.clips, run.n_clips, run.seed)
+    clips, captions = drawn_clips(run.clips, run.n_clips, run.seed, size=policy.size[0])
     data = list(zip(clips, captions)) if wants_clips(run) else captions
     rewards = {"image": metrics.reward, "video": metrics.video, "bytes": jpeg_bytes, "brightness": brightness}
     done = tune_run(run, step, policy, rewards, data, folder, progress)
@@ -179,7 +183,8 @@ def evaluate_data(
 ) -> Evaluation: # with videos
     "Measure clips that are drawn for the held-out captions."
     pairs = prompt_groups(split.captions())
-    videos, captions = drawn_clips(run.clips, len(pairs), run.seed, [prompt for prompt, _ in pairs])
+    videos, captions = drawn_clips(run.clips, len(pairs), run.seed, [prompt for prompt, _ in pairs],
+                                   metrics.size)
     found = judge_videos(videos, captions, metrics.reward, oracle=metrics)
     rows = []
     for i, (prompt, group) in enumerate(pairs):
@@ -194,7 +199,7 @@ def evaluate_rankings(
     n: int = 8, # candidates for each, OnlineVPO Table 2: 8
 ) -> Evaluation:
     "How high each reward model ranks the steadiest of n clips: a row per caption with 1/rank and whether it is first."
-    clips, captions, strength = candidates(sum(split.counts), n)
+    clips, captions, strength = candidates(sum(split.counts), n, size=metrics.size)
     best, rows = strength.argmin(1), []
     for i, (group, prompt) in enumerate(zip(clips, captions)):
         row = dict(zip(KEYS, (f"{i}: {prompt}", "all", 0)))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['temporal_flicker', 'paired_bootstrap', 't_quantile', 'two_way_error', 'seed_error', 'stretched', 'seed_bootstrap',
-           'detectable', 'consistency', 'halfway', 'motion_smoothness', 'flow_magnitude', 'dynamic_degree', 'alignment',
-           'frechet_distance', 'rank_metrics']
+           'detectable', 'consistency', 'halfway', 'motion_smoothness', 'shrunk', 'flow_magnitude', 'dynamic_degree',
+           'grid', 'alignment', 'frechet_distance', 'rank_metrics']
 
 # %% ../../nbs/measure/00_metrics.ipynb #501b240a
 from collections.abc import Callable
@@ -186,6 +186,17 @@ def motion_smoothness(
     guess = interpolate(even[:, :-1].flatten(0, 1), even[:, 1:].flatten(0, 1)).unflatten(0, (-1, n))
     return 1 - reduce((guess - odd[:, :n]).abs(), "b f c h w -> b", "mean")
 
+# %% ../../nbs/measure/00_metrics.ipynb #b44d5ffd
+def shrunk(
+    videos: torch.Tensor, # (b, f, c, h, w)
+    side: int = 32, # pixels, of the shorter side
+) -> torch.Tensor: # (b, f, c, h/k, w/k)
+    "Videos averaged over blocks of k x k pixels, k whole, so that the shorter side is `side` or a little more."
+    k = min(videos.shape[-2:])//side
+    if k < 2:
+        return videos
+    return torch.nn.functional.avg_pool2d(videos.flatten(0, 1), k).unflatten(0, videos.shape[:2])
+
 # %% ../../nbs/measure/00_metrics.ipynb #f1611670
 def flow_magnitude(
     videos: torch.Tensor, # (b, f, c, h, w) in [0, 1]
@@ -223,6 +234,29 @@ def dynamic_degree(
     largest = magnitude.flatten(2).sort(-1, descending=True).values[..., :max(1, int(.05*h*w))].mean(-1)
     moving = (largest > 6*min(h, w)/256).sum(1)
     return (moving >= round(4*(pairs + 1)/16)).float()
+
+# %% ../../nbs/measure/00_metrics.ipynb #f72eb6e9
+def grid(
+    videos: torch.Tensor, # (b, f, c, h, w) in [0, 1]
+    period: int, # p, pixels of a cell: the policy's scale_factor
+) -> torch.Tensor: # (b,) > 0; about 1 without a grid, more with one
+    "Energy at the frequencies of a grid of cells over that of their neighbours; ValueError on shapes or periods."
+    if videos.ndim != 5:
+        raise ValueError(f"videos have the shape {tuple(videos.shape)}, expected (b, f, c, h, w)")
+    for n in videos.shape[-2:]:
+        if period < 3 or n % period or n//period < 3:
+            raise ValueError(f"period is {period} and a side {n} pixels; expected a divisor of {n} from 3 to {n//3}")
+    peaks = [_peaks(videos, axis, period) for axis in (-2, -1)]
+    return torch.cat(peaks, 1).mean(1).exp().float()
+
+
+def _peaks(videos, axis, period): # (b, frequencies): log of each frequency's energy over its neighbours'
+    n = videos.shape[axis]
+    spectrum = torch.fft.rfft(videos.double().movedim(axis, -1)).abs().square()
+    energy = reduce(spectrum, "b f c m k -> b k", "mean").add(1e-12).log()
+    at = torch.arange(n//period, n//2 + 1, n//period)
+    after = torch.where(at == n//2, at - 1, at + 1) # the last frequency has a neighbour on one side only
+    return energy[:, at] - (energy[:, at - 1] + energy[:, after])/2
 
 # %% ../../nbs/measure/00_metrics.ipynb #edbcf280
 def alignment(

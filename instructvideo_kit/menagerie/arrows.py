@@ -15,13 +15,13 @@ from einops import rearrange, repeat
 
 from .captions import combinations
 from .defects import render
-from .world import PLACE_NAMES, Scene, backdrop, draws, furnish
+from .world import PLACE_NAMES, SIZE, Scene, backdrop, draws, furnish
 
 # %% ../../nbs/menagerie/06_arrows.ipynb #6b0b86d6
 def without_subject(
     scenes, # list of b `Scene`
     n_frames:int=16, # F
-    size:int=32, # height and width, pixels
+    size:int=SIZE, # height and width, pixels
 )->torch.Tensor: # (b, f, 3, size, size) in [0, 1]
     "The same clips with nobody in them."
     def each(v):
@@ -66,13 +66,14 @@ def arrow_from(rng, start, size, lengths=(.25, .35), inside=(.25, .75)):
 def arrow_cases(
     n:int=32, # how many
     seed:int=0, # the same seed gives the same cases
-    radius:float=12., # of the region, pixels
+    radius:float=.375, # of the region, widths of the frame
+    size:int=SIZE, # height and width of the frames, pixels
 )->list: # of ArrowCase
     "Resting animals of evaluation captions, each with an arrow."
     rng, pool = np.random.default_rng([seed, 41]), [s for s in combinations("evaluation") if s.motion == "rest"]
     chosen = [pool[i] for i in rng.permutation(len(pool))[:n]]
     scenes = [Scene(s.species, s.motion, s.place, int(rng.integers(2 ** 31))) for s in chosen]
-    clips, empty = render(scenes), without_subject(scenes)
+    clips, empty = render(scenes, size=size), without_subject(scenes, size=size)
     starts = centroids(clips[:, :1], empty[:, :1])[:, 0].tolist()
-    return [ArrowCase(*parts, (tuple(start), arrow_from(rng, start, clips.shape[-1]), radius))
+    return [ArrowCase(*parts, (tuple(start), arrow_from(rng, start, size), radius * size))
             for *parts, start in zip(scenes, clips, empty, starts)]

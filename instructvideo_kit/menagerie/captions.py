@@ -15,7 +15,7 @@ import numpy as np
 
 from .defects import render
 from .sprites import ANIMALS, NEW_ANIMALS, THINGS
-from .world import MOTIONS, NAMES, PLACES, Scene
+from .world import MOTIONS, NAMES, PLACES, SIZE, Scene
 from ..video import export_videofolder
 
 # %% ../../nbs/menagerie/03_captions.ipynb #09824ca0
@@ -97,7 +97,7 @@ def export_clips(
     split:str="tune", # one of `SPLITS`
     n:int=100, # clips
     seed:int=0, # which ones
-    size:int=32, # pixels
+    size:int=SIZE, # pixels
 )->Path: # the folder
     "Write n clips of a split as a Hugging Face videofolder: mp4 files and metadata.csv."
     chosen = scenes(split, n, seed)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..files import near
-from .world import MOTIONS, NAMES, PLACES, Scene, draw
+from .world import MOTIONS, NAMES, PLACES, SIZE, Scene, draw
 
 # %% ../../nbs/menagerie/02_defects.ipynb #b3c855b5
 def blur(
@@ -158,7 +158,7 @@ def degrade(
 # %% ../../nbs/menagerie/02_defects.ipynb #98c2b782
 def check(
     scene:Scene,
-    size:int=32, # height and width it shall be drawn at, pixels
+    size:int=SIZE, # height and width it shall be drawn at, pixels
 ):
     "Refuse a scene that cannot be drawn, with one line that says why."
     if size < 2: raise ValueError(f"size is {size}; a frame has at least 2 pixels a side")
@@ -175,7 +175,7 @@ def render(
     scenes:list, # of `Scene`
     frames:torch.Tensor=None, # (b, f) long: which frames to draw; all by default
     n_frames:int=16, # F
-    size:int=32, # height and width, pixels
+    size:int=SIZE, # height and width, pixels
     chunk:int=48, # frames drawn at once; fits the cache
 )->torch.Tensor: # (b, f, 3, size, size) float in [0, 1]
     "Draw scenes with their defects; ValueError for unknown words or defects, and for a size too small."

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from ..files import KitError, write_atomic
 from ..machine import fast_autocast
-from .autoencoder import SIZE
 from .captions import scenes
 from .defects import degrade, render
 from .tokens import menagerie_tokenizer, token_ids
 from .training import Run, fit
-from .world import NAMES, PLACE_NAMES, Scene
+from .world import NAMES, PLACE_NAMES, SIZE, Scene
 from ..reward.base import preprocess
 
 if TYPE_CHECKING: # read where they are used: transformers and diffusers import slowly
@@ -93,7 +92,7 @@ def pairs(
     n:int, # pairs
     seed:int=0, # of scenes, frames and defects
     defects:tuple=VISIBLE, # to choose from
-    size:int=32, # of the frames, pixels
+    size:int=SIZE, # of the frames, pixels
 )->tuple: # clean (n, 3, size, size) in [0, 1], faulty like it, captions, wrong captions
     "Clean and faulty frames with the caption they show and one they do not."
     chosen, rng = scenes(split, n, seed, clean=True), np.random.default_rng([seed, 21])

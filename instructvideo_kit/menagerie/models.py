@@ -21,11 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..diffusion.schedule import corrupt
 from ..files import KitError
 from ..machine import fast_autocast
-from .autoencoder import SIZE, presence, tracks, train_autoencoder
+from .autoencoder import presence, tracks, train_autoencoder
 from .captions import prompts, scenes
 from .defects import render
 from .tokens import MAX_TOKENS, menagerie_tokenizer, token_ids
 from .training import Run, fit
+from .world import SIZE
 from ..policy.base import VideoPolicy
 from ..video import clip_grid
 

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 
 from ..files import KitError, locate, write_atomic
 from ..machine import fast_autocast
-from .autoencoder import SIZE
 from .captions import scenes
 from .defects import render, watermark_mask
 from .training import Run, fit
-from .world import MOTIONS, NAMES, PART_MASK, PARTS, PLACE_NAMES, PLACES, Scene
+from .world import MOTIONS, NAMES, PARTS, PART_MASK, PLACES, PLACE_NAMES, SIZE, Scene
 
 # %% ../../nbs/menagerie/08_oracle.ipynb #b901d184
 def parse(
@@ -304,17 +303,17 @@ def train_oracle(
 def sharpness(
     clips:Tensor, # (b, f, 3, h, w) in [0, 1]
 )->Tensor: # (b,)
-    "Mean absolute difference of neighbouring pixels."
-    across, down = clips.diff(dim=-1), clips.diff(dim=-2)
-    return (across.abs().mean((1, 2, 3, 4)) + down.abs().mean((1, 2, 3, 4))) / 2
+    "Mean absolute difference of neighbouring pixels, times side / 32: about the same at any size of a scene."
+    def change(axis): return clips.diff(dim=axis).abs().mean((1, 2, 3, 4)) * clips.shape[axis] / 32
+    return (change(-1) + change(-2)) / 2
 
 # %% ../../nbs/menagerie/08_oracle.ipynb #29568922
 def blurriness(
     clips:Tensor, # (b, f, 3, h, w) in [0, 1]
 )->Tensor: # (b,); below 0 for noise, .5 for a smooth slope
-    "1 - sharpness / sharpness at half the size."
+    "1 - difference of neighbouring pixels / the same at half the size."
     half = F.avg_pool2d(clips.flatten(0, 1), 2).unflatten(0, clips.shape[:2])
-    return 1 - sharpness(clips) / sharpness(half).clamp(min=1e-6)
+    return 1 - sharpness(clips) / (2 * sharpness(half)).clamp(min=1e-6) # sharpness counts per frame, not per pixel
 
 # %% ../../nbs/menagerie/08_oracle.ipynb #40d18e64
 def saturation(
@@ -324,8 +323,9 @@ def saturation(
     return (clips.amax(2) - clips.amin(2)).mean((1, 2, 3))
 
 # %% ../../nbs/menagerie/08_oracle.ipynb #cebe6c28
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def place_colour(
+    size:int=SIZE, # of the drawings, pixels
     each:int=24, # drawings of a place
 )->Tensor: # (6,)
     "Mean saturation of clean drawings of each place."
@@ -333,7 +333,7 @@ def place_colour(
     rows = []
     for place in PLACES:
         chosen = [s for s in drawn if s.place == place][:each]
-        rows.append(saturation(render(chosen, torch.full((len(chosen), 1), 8))).mean())
+        rows.append(saturation(render(chosen, torch.full((len(chosen), 1), 8), size=size)).mean())
     return torch.stack(rows)
 
 # %% ../../nbs/menagerie/08_oracle.ipynb #f14ed2ac
@@ -341,8 +341,8 @@ def dullness(
     clips:Tensor, # (b, f, 3, h, w) in [0, 1]
     places:list, # b names of `PLACES`
 )->Tensor: # (b,), about 0 for a clean clip, 1 for a grey one
-    "Saturation missing against clean drawings of the same place."
-    expected = place_colour()[[PLACE_NAMES.index(p) for p in places]]
+    "Saturation missing against clean drawings of the same place and size."
+    expected = place_colour(clips.shape[-1])[[PLACE_NAMES.index(p) for p in places]]
     return 1 - saturation(clips) / expected
 
 # %% ../../nbs/menagerie/08_oracle.ipynb #672e51ca

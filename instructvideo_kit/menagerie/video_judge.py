@@ -24,13 +24,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..files import write_atomic
 from ..machine import fast_autocast
-from .autoencoder import SIZE
 from .captions import scenes
 from .defects import degrade, render
 from .judge import PICTURE, VISIBLE, frame_size, moved
 from .tokens import menagerie_tokenizer
 from .training import Run, fit
-from .world import MOTIONS, NAMES, PLACE_NAMES, PLACES, Scene, pose
+from .world import MOTIONS, NAMES, PLACES, PLACE_NAMES, SIZE, Scene, pose
 from ..reward.base import CLIP_MEAN, CLIP_STD
 from ..reward.clip import ClipReward
 from instructvideo_kit.reward.videoscore import (
@@ -384,7 +383,7 @@ def candidates(
     faults:tuple=SHAKING, # kinds to choose from, one per caption
     split:str="evaluation", # of the captions
     seed:int=0, # of scenes and strengths
-    size:int=32, # of the frames, pixels
+    size:int=SIZE, # of the frames, pixels
 )->tuple: # clips (n, each, 16, 3, size, size) in [0, 1], n captions, strengths (n, each)
     "Several clips for each caption, and how spoiled each is: evenly spread from 0 to 1, in random order."
     rng = np.random.default_rng([seed, 41])

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from ..files import near, need, user_error
 from ..policy.base import check_video
-from ..policy.lora import add_lora, load_lora, save_lora
+from ..policy.lora import add_lora, base_facts, base_words, load_lora, save_lora
 from ..reward.segvr import segment_frames
 from .cache import DiskCache
 from .callbacks import Evaluation, MovingAverage, Progress, Samples, Tracker
@@ -235,7 +235,8 @@ def sampler(
 
 def _made_with(Found, policy, reward, prompts, config):
     judge = getattr(reward, "name", getattr(reward, "__name__", type(reward).__name__))
-    inputs = {"algorithm": Found.__name__, "clips": fingerprint(prompts), "policy": policy.name, "reward": judge}
+    inputs = {"algorithm": Found.__name__, "clips": fingerprint(prompts), "policy": policy.name, "reward": judge,
+              "base": base_words(base_facts(policy))}
     fields = vars(config) # policy and reward are fields too: keep the objects' own names apart
     return {f"{k}_used" if k in fields else k: v for k, v in inputs.items()}
 

@@ -98,6 +98,9 @@ class RunFolder:
         made_with = json.loads((self.path/"inputs.json").read_text()) if (self.path/"inputs.json").exists() else {}
         then = defaults | made_with | yaml.safe_load((self.path/"config.yaml").read_text())
         now = inputs | {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}
+        base, was = now.get("base"), then.get("base")
+        other = f'"{self.path}" belongs to another model, perhaps an older one of the same name: tuned on {was}; '
+        need(base is None or was in (None, base), f"{other}this policy is {base}: open that or give another folder")
         differ = [f"{k} was {then[k]!r}, is {v!r}" for k, v in now.items() if then.get(k, v) != v]
         words = "; ".join(differ)
         need(not differ, f'"{self.path}" was started differently: {words}; give the same values or another folder')

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from ..tuning.dpo import best_and_worst
 from ..tuning.rollouts import candidates
 from ..tuning.stream import example_generator
-from ..video import film_strip
+from ..video import film_strip, magnification
 from .players import Panel, choice, png_bytes
 
 # %% ../../nbs/widgets/05_candidates.ipynb #e6d1cbb2
@@ -45,14 +45,14 @@ def candidate_wall(
     videos, # (n, f, 3, h, w) in [0, 1]
     scores, # (n,)
     caption:str="", # written above
-    scale:int=2, # magnification
+    scale:int=None, # magnification; None: as the size of the frames allows
 )->Image.Image:
     "Candidates in rows with their scores, winner and loser framed; ValueError unless 2 or more, with a score each."
     scores = torch.as_tensor(scores, dtype=torch.float32).flatten()
     if len(videos) != len(scores):
         raise ValueError(f"{len(videos)} candidates and {len(scores)} scores: expected as many of each")
     winner, loser, differ = (int(x) for x in best_and_worst(scores[None]))
-    strips = [film_strip(v[None], every=max(1, len(v)//6), scale=scale) for v in videos]
+    strips = [film_strip(v[None], every=max(1, len(v)//6), scale=scale or magnification(v, 64, 2)) for v in videos]
     width, height = strips[0].size
     sheet = Image.new("RGB", (width + 130, 22 + (height + 12)*len(videos)), "white")
     canvas = ImageDraw.Draw(sheet)
@@ -95,7 +95,7 @@ def accuracy_png(
 def wall_with_curve(
     item, # (caption, videos, scores)
     curve:bytes=None, # a PNG
-    scale:int=2, # magnification
+    scale:int=None, # magnification; None: as the size of the frames allows
 )->bytes: # a PNG
     "The wall of one caption, and the curve below it where there is one."
     wall = candidate_wall(item[1], item[2], item[0], scale)
@@ -119,7 +119,7 @@ def CandidateWall(
     rounds, # from draw_candidates
     rows=None, # log of an online DPO run, for the curve
     every=None, # K, updates between refreshes of the reference
-    scale:int=2, # magnification
+    scale:int=None, # magnification; None: as the size of the frames allows
 )->Panel:
     "Choose a caption, see its candidates, winner and loser, and how the accuracy went."
     if not rounds: raise ValueError("there are no candidates to show; draw some with draw_candidates")

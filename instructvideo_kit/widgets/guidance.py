@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..video import encode_gif
+from ..video import encode_gif, magnification
 from .players import Panel, side_by_side, slider
 
 # %% ../../nbs/widgets/10_guidance.ipynb #b5112bc6
@@ -52,9 +52,12 @@ def GuidanceSlider(
     w:float=4., # where the slider starts
     n_ddim:int=10, # D
     seed:int=0, # of the noise
-    scale:int=5, # magnification
+    scale:int=None, # magnification; None: as the size of the frames allows
 )->Panel:
     "A slider for the guidance scale over a clip and its unguided twin."
     at = cache(lambda w: guided(policy, prompt, [w], n_ddim, seed)[0])
-    def draw(w): return encode_gif(side_by_side([at(1.).video, at(w).video]), fps=6, scale=scale), guidance_note(at(w))
+    def draw(w):
+        pair = [at(1.).video, at(w).video]
+        gif = encode_gif(side_by_side(pair), fps=6, scale=scale or magnification(pair[0], 160, 5))
+        return gif, guidance_note(at(w))
     return Panel(draw, {'w': slider('w', w, 0., 12., 1.)})

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..reward.base import augment
-from ..video import film_strip
+from ..video import film_strip, magnification
 from .players import Panel, choice, png_bytes, slider
 
 # %% ../../nbs/widgets/09_hacking.ipynb #ffab62c6
@@ -51,12 +51,13 @@ def attack(
 def hacking_png(
     hacked:Attack,
     step:int, # 0 .. n
-    scale:int=4, # magnification
+    scale:int=None, # magnification; None: as the size of the frames allows
 )->bytes: # a PNG
     "The frame before and after, their difference (ten times), the way of the score; ValueError for a step not taken."
     if not 0 <= step < len(hacked.frames): raise ValueError(f"step {step}: expected 0..{len(hacked.frames) - 1}")
     first, now = hacked.frames[0], hacked.frames[step]
-    strip = film_strip(torch.stack([first, now, (0.5 + 10 * (now - first)).clamp(0, 1)]), every=1, scale=scale)
+    rows = torch.stack([first, now, (0.5 + 10 * (now - first)).clamp(0, 1)])
+    strip = film_strip(rows, every=1, scale=scale or magnification(first, 128, 4))
     figure = Figure(figsize=(3.6, strip.height / 90), dpi=90)
     ax = figure.subplots(gridspec_kw=dict(left=0.18, right=0.97, bottom=0.36, top=0.94))
     ax.plot(hacked.scores, color="0.75")
@@ -84,7 +85,7 @@ def hacking_note(
 # %% ../../nbs/widgets/09_hacking.ipynb #4848ba89
 def HackGallery(
     attacks:dict, # name -> Attack
-    scale:int=4, # magnification
+    scale:int=None, # magnification; None: as the size of the frames allows
 )->Panel:
     "A list of attacks and a slider for the step; ValueError for no attacks."
     if not attacks: raise ValueError("there is no attack to show: give at least one, {name: Attack}")

@@ -10,7 +10,7 @@ __all__ = ['BAR', 'INK', 'FAINT', 'WIDTH', 'judge_order', 'pairs_in_common', 'dr
 import torch
 from PIL import Image, ImageDraw
 
-from ..video import film_strip
+from ..video import film_strip, magnification
 from .players import Panel, choice, png_bytes, slider
 
 # %% ../../nbs/widgets/04_judges.ipynb #d6747ec5
@@ -55,13 +55,13 @@ def judge_board(
     ranks, # yours, one per candidate
     dim:int=None, # mark the judge orders by; None: the mean
     reveal:bool=False, # show the marks and the judge's order
-    scale:int=2, # magnification
+    scale:int=None, # magnification; None: as the size of the frames allows
 )->"Image": # PIL
     "Candidates in rows, their scores as bars once revealed; ValueError unless each has its scores and a rank."
     if not len(videos) == len(scores) == len(ranks):
         found = f"{len(videos)} candidates, {len(scores)} scores and {len(ranks)} ranks"
         raise ValueError(f"{found}: expected as many of each")
-    strips = [film_strip(v[None], every=max(1, len(v) // 5), scale=scale) for v in videos]
+    strips = [film_strip(v[None], every=max(1, len(v) // 5), scale=scale or magnification(v, 64, 2)) for v in videos]
     height, order = max(strips[0].height, 15 * len(names)), judge_order(scores, dim)
     bars = WIDTH + 110 if reveal else 0
     sheet = Image.new("RGB", (30 + strips[0].width + bars, (height + 8) * len(videos)), "white")
@@ -89,7 +89,7 @@ def JudgeDashboard(
     videos, # candidates (n, f, 3, h, w) in [0, 1]
     scores, # (n, k) marks
     names, # of the k marks
-    scale:int=2, # magnification
+    scale:int=None, # magnification; None: as the size of the frames allows
 )->Panel:
     "Rank candidates, choose a mark, reveal the judge's bars and order."
     scores, letters = torch.as_tensor(scores).detach().float().cpu(), [chr(65 + i) for i in range(len(videos))]

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from ..reward.segvr import segment_bounds, segment_frames
 from ..reward.tar import tar_center, tar_weights
-from ..video import film_strip
+from ..video import film_strip, magnification
 from .players import Panel, choice, png_bytes, slider
 
 # %% ../../nbs/widgets/02_segments.ipynb #b3f26c7f
@@ -74,7 +74,7 @@ def segment_strip(
     mode:str='first', # "random", "first" or "middle"
     center:str='paper', # "paper" or "midpoint"
     seed:int=0, # for mode "random"
-    scale:int=2, # magnification
+    scale:int=None, # magnification; None: as the size of the frames allows
     scores=None, # (f,) reward of every frame, written above it
 )->tuple: # (PIL image, dict of segment_numbers)
     "Frames of a clip, the chosen ones framed, weights as bars; ValueError as segment_numbers, or for wrong scores."
@@ -82,6 +82,7 @@ def segment_strip(
     if scores is not None and len(scores) != n_frames:
         raise ValueError(f"{len(scores)} scores for {n_frames} frames: expected one each")
     numbers = segment_numbers(n_frames, n_segments, lam, mode, center, seed)
+    scale = scale or magnification(video, 64, 2)
     lefts, width, height = frame_lefts(numbers['bounds'], w * scale), w * scale, h * scale
     top = 0 if scores is None else 14
     sheet = Image.new('RGB', (lefts[-1] + width + 3, top + height + BARS + 22), 'white')
@@ -128,7 +129,7 @@ def SegmentStrip(
     video, # (f, 3, h, w) in [0, 1]
     n_segments:int=4, # S, where the slider starts
     lam:float=1.0, # lambda_tar, where the slider starts
-    scale:int=2, # magnification
+    scale:int=None, # magnification; None: as the size of the frames allows
     scores=None, # (f,) reward of every frame
 )->Panel:
     "Sliders for S, lambda_tar and the seed, lists for the mode and the centre, over a clip's frames and their rewards."

@@ -13,7 +13,7 @@ import torch
 
 from ..diffusion.sampling import denoise
 from ..diffusion.schedule import corrupt
-from ..video import encode_gif
+from ..video import encode_gif, magnification
 from .players import Panel, side_by_side, slider
 
 # %% ../../nbs/widgets/01_tau.ipynb #01b804c1
@@ -68,11 +68,12 @@ def TauSlider(
     tau:float=0.6, # where the slider starts
     n_ddim:int=20, # D
     seed:int=0, # of the noise
-    scale:int=5, # magnification
+    scale:int=None, # magnification; None: as the size of the frames allows
 )->Panel:
     "A tau slider over a clip that is corrupted and edited back; results are kept per tau."
     at = cache(lambda i: tau_edit(policy, clip, caption, [i / n_ddim], n_ddim, seed)[0])
     def draw(tau):
         edit = at(max(1, round(tau * n_ddim)))
-        return encode_gif(side_by_side([clip, edit.corrupted, edit.edited]), fps=6, scale=scale), tau_note(edit, n_ddim)
+        row = side_by_side([clip, edit.corrupted, edit.edited])
+        return encode_gif(row, fps=6, scale=scale or magnification(clip, 160, 5)), tau_note(edit, n_ddim)
     return Panel(draw, {'tau': slider('tau', tau, 1 / n_ddim, 1., 1 / n_ddim)})
