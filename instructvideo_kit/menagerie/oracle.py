@@ -27,7 +27,7 @@ from ..machine import fast_autocast
 from .captions import scenes
 from .defects import render, watermark_mask
 from .training import Run, fit
-from .world import MOTIONS, NAMES, PARTS, PART_MASK, PLACES, PLACE_NAMES, SIZE, Scene
+from .world import MOTIONS, NAMES, PART_MASK, PARTS, PLACE_NAMES, PLACES, SIZE, Scene
 
 # %% ../../nbs/menagerie/08_oracle.ipynb #b901d184
 def parse(

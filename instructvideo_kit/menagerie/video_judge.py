@@ -29,7 +29,7 @@ from .defects import degrade, render
 from .judge import PICTURE, VISIBLE, frame_size, moved
 from .tokens import menagerie_tokenizer
 from .training import Run, fit
-from .world import MOTIONS, NAMES, PLACES, PLACE_NAMES, SIZE, Scene, pose
+from .world import MOTIONS, NAMES, PLACE_NAMES, PLACES, SIZE, Scene, pose
 from ..reward.base import CLIP_MEAN, CLIP_STD
 from ..reward.clip import ClipReward
 from instructvideo_kit.reward.videoscore import (
