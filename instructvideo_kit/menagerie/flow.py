@@ -8,7 +8,7 @@ __all__ = ['FLOW_PHASES', 'flow_tokenizer', 'new_flow_reader', 'read_captions', 
            'as_flow_policy', 'train_flow_phase', 'flow_looker', 'open_teacher', 'new_flow_parts', 'open_flow_parts',
            'save_flow_policy', 'train_flow']
 
-# %% ../../nbs/menagerie/14_flow.ipynb #676c495c
+# %% ../../nbs/menagerie/14_flow.ipynb #c6960206
 from pathlib import Path
 from string import ascii_letters, digits
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ if TYPE_CHECKING: # read where they are used: transformers and diffusers import 
 
     from instructvideo_kit.policy.wan import WanPolicy
 
-# %% ../../nbs/menagerie/14_flow.ipynb #6726b29c
+# %% ../../nbs/menagerie/14_flow.ipynb #6440b637
 def flow_tokenizer()->"T5Tokenizer": # at most MAX_TOKENS tokens, the end mark included
     "A T5Tokenizer for the menagerie's captions: one token for each of its words, letters for all others."
     from transformers import T5Tokenizer
@@ -46,7 +46,7 @@ def flow_tokenizer()->"T5Tokenizer": # at most MAX_TOKENS tokens, the end mark i
     letters = [(letter, -8.) for letter in ascii_letters + digits + ".,'-"]
     return T5Tokenizer(vocab=[*special, *whole, *letters], extra_ids=0, model_max_length=MAX_TOKENS)
 
-# %% ../../nbs/menagerie/14_flow.ipynb #a5ec86fe
+# %% ../../nbs/menagerie/14_flow.ipynb #89b5ad6a
 def new_flow_reader(
     tokenizer:"T5Tokenizer", # its number of words is taken
     width:int=96, # of the text features
@@ -59,7 +59,7 @@ def new_flow_reader(
         vocab_size=len(tokenizer), d_model=width, d_kv=width // heads, d_ff=4 * width, num_layers=layers,
         num_heads=heads, dropout_rate=0., pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id))
 
-# %% ../../nbs/menagerie/14_flow.ipynb #176d28af
+# %% ../../nbs/menagerie/14_flow.ipynb #30d99404
 def read_captions(
     reader:"UMT5EncoderModel", # the text encoder
     ids:Tensor, # token numbers (b, n), padded
@@ -68,7 +68,7 @@ def read_captions(
     mask = (ids != reader.config.pad_token_id).long()
     return reader(ids, mask).last_hidden_state * mask[..., None]
 
-# %% ../../nbs/menagerie/14_flow.ipynb #b71d61be
+# %% ../../nbs/menagerie/14_flow.ipynb #230b43ec
 @torch.no_grad()
 def closed_start(
     transformer:"WanTransformer3DModel", # fresh
@@ -87,7 +87,7 @@ def closed_start(
         torch.nn.init.zeros_(layer.bias)
     return transformer
 
-# %% ../../nbs/menagerie/14_flow.ipynb #ece9b86e
+# %% ../../nbs/menagerie/14_flow.ipynb #a1d91316
 def new_transformer(
     channels:int=8, # of the latents
     width:int=256, # of a token
@@ -103,7 +103,7 @@ def new_transformer(
         out_channels=channels, text_dim=text_width, freq_dim=64, ffn_dim=4 * width, num_layers=layers,
         rope_max_seq_len=32))
 
-# %% ../../nbs/menagerie/14_flow.ipynb #cffc5f05
+# %% ../../nbs/menagerie/14_flow.ipynb #7a832a7c
 def flow_times(
     n:int, # clips of the batch
     g:torch.Generator, # of the draws
@@ -113,7 +113,7 @@ def flow_times(
     y = (torch.arange(n) + torch.rand(n, generator=g)) / n
     return shift_sigma(y[torch.randperm(n, generator=g)], shift)
 
-# %% ../../nbs/menagerie/14_flow.ipynb #b1a3db8a
+# %% ../../nbs/menagerie/14_flow.ipynb #d59af47a
 def flow_loss(
     transformer:"WanTransformer3DModel", # or what is called like it
     text:Tensor, # text features (b, n, d)
@@ -128,7 +128,7 @@ def flow_loss(
     u = transformer(z_sigma, 1000 * sigma, text).sample
     return (u.float() - flow(z, eps)).square().mean()
 
-# %% ../../nbs/menagerie/14_flow.ipynb #7a317810
+# %% ../../nbs/menagerie/14_flow.ipynb #03eaa656
 def new_wan_autoencoder(
     channels:int=8, # of the latents
     base:int=16, # channels that `mult` multiplies
@@ -145,7 +145,7 @@ def new_wan_autoencoder(
         if isinstance(m, WanCausalConv3d): m.weight.data[:, :, :-1] = 0 # what looks back
     return vae
 
-# %% ../../nbs/menagerie/14_flow.ipynb #581adc89
+# %% ../../nbs/menagerie/14_flow.ipynb #f04d1788
 def teacher_latents(
     teacher:"AutoencoderKL", # finished
     x:Tensor, # pictures (n, 3, h, w) in [-1, 1]
@@ -154,7 +154,7 @@ def teacher_latents(
     with torch.no_grad(), fast_autocast(): z = teacher.encode(x).latent_dist.mode().float()
     return z * teacher.config.scaling_factor
 
-# %% ../../nbs/menagerie/14_flow.ipynb #091dbdc2
+# %% ../../nbs/menagerie/14_flow.ipynb #20f3215a
 def copy_loss(
     vae:"AutoencoderKLWan", # in training
     z:Tensor, # the teacher's latents (n, c, h, w)
@@ -172,7 +172,7 @@ def copy_loss(
     drawn = picture_loss(y, x, 1 + 6 * presence(track, *x.shape[-2:]))
     return drawn + (mean - z).square().mean() + 1e-3 * (logvar + 4).square().mean()
 
-# %% ../../nbs/menagerie/14_flow.ipynb #e5df9dc9
+# %% ../../nbs/menagerie/14_flow.ipynb #b8d150f0
 # of the training: batch, pool size, first fill, drawn per step, learning rate, moving average; for the transformer
 # frames per sample and shift of the noise levels
 FLOW_PHASES = {
@@ -181,7 +181,7 @@ FLOW_PHASES = {
     "clips": dict(n_frames=16, batch=16, pool=3000, first=400, fresh=1, peak=5e-4, ema=.999, shift=3.),
 }
 
-# %% ../../nbs/menagerie/14_flow.ipynb #e64b4372
+# %% ../../nbs/menagerie/14_flow.ipynb #a0575020
 def copy_autoencoder(
     teacher:"AutoencoderKL", # finished; its latents are kept
     folder:str|Path, # of the run; goes on from its checkpoint
@@ -201,7 +201,7 @@ def copy_autoencoder(
     fit(run, loss_of, every=500, label="autoencoder")
     return vae.eval().requires_grad_(False)
 
-# %% ../../nbs/menagerie/14_flow.ipynb #40c3db2f
+# %% ../../nbs/menagerie/14_flow.ipynb #3bcd4681
 def new_flow_scheduler(
     shift:float=3., # k; Wan: 3 at 480p, 5 at 720p
 )->"FlowMatchEulerDiscreteScheduler":
@@ -209,7 +209,7 @@ def new_flow_scheduler(
     from diffusers import FlowMatchEulerDiscreteScheduler
     return FlowMatchEulerDiscreteScheduler(shift=shift)
 
-# %% ../../nbs/menagerie/14_flow.ipynb #1c174066
+# %% ../../nbs/menagerie/14_flow.ipynb #662dc057
 def as_flow_policy(
     modules:dict, # transformer and text_encoder
     vae:"AutoencoderKLWan", # takes each frame for itself
@@ -222,7 +222,7 @@ def as_flow_policy(
     kit = dict(name="menagerie-flow", n_frames=n_frames, size=[size, size], guidance_scale=4., max_tokens=MAX_TOKENS)
     return WanPolicy(modules["transformer"], vae, modules["text_encoder"], tokenizer, new_flow_scheduler(), kit)
 
-# %% ../../nbs/menagerie/14_flow.ipynb #baec7188
+# %% ../../nbs/menagerie/14_flow.ipynb #f83b82cb
 def train_flow_phase(
     phase:str, # a key of `FLOW_PHASES`
     folder:str|Path, # of the run; goes on from its checkpoint
@@ -247,7 +247,7 @@ def train_flow_phase(
             return flow_loss(modules["transformer"], text, z, g, p["shift"])
     return fit(run, loss_of, label=phase, look=look)
 
-# %% ../../nbs/menagerie/14_flow.ipynb #aebd46a5
+# %% ../../nbs/menagerie/14_flow.ipynb #6ee4b197
 def flow_looker(
     folder:Path, # where the sheets go: PHASE-STEP-w.png
     phase:str, # a key of `FLOW_PHASES`
@@ -262,7 +262,7 @@ def flow_looker(
         for m in modules.values(): m.train().requires_grad_(True) # a policy freezes its parts
     return look
 
-# %% ../../nbs/menagerie/14_flow.ipynb #f39dac6f
+# %% ../../nbs/menagerie/14_flow.ipynb #1af09805
 def open_teacher(
     folder:str|Path|None, # of an AutoencoderKL, as `save_pretrained` wrote it
 )->"AutoencoderKL": # float32, frozen
@@ -278,7 +278,7 @@ def open_teacher(
     if times != 8: raise KitError(f"the autoencoder in {folder} makes pictures {times} times smaller: {wanted}")
     return teacher
 
-# %% ../../nbs/menagerie/14_flow.ipynb #aa3ca8c4
+# %% ../../nbs/menagerie/14_flow.ipynb #5358ec18
 def new_flow_parts(
     tokenizer:"T5Tokenizer", # of the captions
     channels:int, # of the latents
@@ -286,7 +286,7 @@ def new_flow_parts(
     "The two networks that are trained together, with fresh weights."
     return dict(transformer=new_transformer(channels), text_encoder=new_flow_reader(tokenizer))
 
-# %% ../../nbs/menagerie/14_flow.ipynb #6a2a421a
+# %% ../../nbs/menagerie/14_flow.ipynb #e4e77126
 def open_flow_parts(
     start:str|Path, # pipeline directory of a flow policy
 )->dict: # transformer and text_encoder, in training
@@ -297,7 +297,7 @@ def open_flow_parts(
     for m in modules.values(): m.train().requires_grad_(True)
     return modules
 
-# %% ../../nbs/menagerie/14_flow.ipynb #632639e0
+# %% ../../nbs/menagerie/14_flow.ipynb #0d61bda2
 def save_flow_policy(
     policy:"WanPolicy", # finished
     folder:str|Path, # the pipeline directory
@@ -308,7 +308,7 @@ def save_flow_policy(
     for part in (policy.transformer, policy.vae): part.float()
     return Path(folder)
 
-# %% ../../nbs/menagerie/14_flow.ipynb #aef8fa28
+# %% ../../nbs/menagerie/14_flow.ipynb #7dfd068e
 def train_flow(
     folder:str|Path, # of the run: autoencoder/, pictures/, clips/, and the finished pipeline in pipeline/
     vae:str|Path|None=None, # folder of the base's AutoencoderKL
