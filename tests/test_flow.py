@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from instructvideo_kit.app import choose_run
+from instructvideo_kit.diffusion.prediction import to_rectified
 from instructvideo_kit.menagerie.flow import (
     as_flow_policy,
     closed_start,
@@ -110,6 +112,21 @@ def test_the_directory_opens_as_what_it_is(folder):
     assert type(policy) is WanPolicy and policy.name == "menagerie-flow" and policy.dtype == torch.float32
     assert policy.latent_shape == (8, FRAMES, SIDE//8, SIDE//8) and not looks_back(policy.vae)
     assert policy.schedule.prediction_type == "flow_prediction"
+
+
+def test_diffusers_own_pipeline_draws_the_same(folder):
+    policy, pipe = open_policy(folder), DiffusionPipeline.from_pretrained(folder)
+    assert type(pipe).__name__ == "WanPipeline"
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, solver_order=1,
+                                                      disable_corrector=list(range(1000)))
+    noise = policy.noise(range(3), seed=5)
+    start = to_rectified(noise, policy.schedule.at(policy.schedule.timesteps(4)[0]))
+    # num_frames: the pipeline rounds to 4 k + 1, see the notebook
+    theirs = pipe(PROMPTS, num_frames=FRAMES - 1, latents=start, height=SIDE, width=SIDE, num_inference_steps=4,
+                  guidance_scale=3., max_sequence_length=16, output_type="pt").frames
+    mine = policy.generate(PROMPTS, n_ddim=4, noise=noise, guidance_scale=3.)
+    torch.testing.assert_close(theirs, mine, atol=2e-3, rtol=0)
 
 
 def test_chosen_frames_alone_are_decoded_with_the_gradient_of_the_whole(folder):
