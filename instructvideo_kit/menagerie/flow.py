@@ -8,7 +8,7 @@ __all__ = ['FLOW_PHASES', 'flow_tokenizer', 'new_flow_reader', 'read_captions', 
            'as_flow_policy', 'train_flow_phase', 'flow_looker', 'open_teacher', 'new_flow_parts', 'open_flow_parts',
            'save_flow_policy', 'train_flow']
 
-# %% ../../nbs/menagerie/14_flow.ipynb #f3aeb46e
+# %% ../../nbs/menagerie/14_flow.ipynb #221877a1
 from contextlib import nullcontext
 from pathlib import Path
 from string import ascii_letters, digits
@@ -34,7 +34,7 @@ if TYPE_CHECKING: # read where they are used: transformers and diffusers import 
 
     from instructvideo_kit.policy.wan import WanPolicy
 
-# %% ../../nbs/menagerie/14_flow.ipynb #e98d194a
+# %% ../../nbs/menagerie/14_flow.ipynb #5706c610
 def flow_tokenizer()->"T5Tokenizer": # at most MAX_TOKENS tokens, the end mark included
     "A T5Tokenizer for the menagerie's captions: one token for each of its words, letters for all others."
     from transformers import T5Tokenizer
@@ -47,7 +47,7 @@ def flow_tokenizer()->"T5Tokenizer": # at most MAX_TOKENS tokens, the end mark i
     letters = [(letter, -8.) for letter in ascii_letters + digits + ".,'-"]
     return T5Tokenizer(vocab=[*special, *whole, *letters], extra_ids=0, model_max_length=MAX_TOKENS)
 
-# %% ../../nbs/menagerie/14_flow.ipynb #a7bc95ef
+# %% ../../nbs/menagerie/14_flow.ipynb #be1c8bff
 def new_flow_reader(
     tokenizer:"T5Tokenizer", # its number of words is taken
     width:int=96, # of the text features
@@ -60,7 +60,7 @@ def new_flow_reader(
         vocab_size=len(tokenizer), d_model=width, d_kv=width // heads, d_ff=4 * width, num_layers=layers,
         num_heads=heads, dropout_rate=0., pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id))
 
-# %% ../../nbs/menagerie/14_flow.ipynb #210bdd3a
+# %% ../../nbs/menagerie/14_flow.ipynb #f19e9ba8
 def read_captions(
     reader:"UMT5EncoderModel", # the text encoder
     ids:Tensor, # token numbers (b, n), padded
@@ -69,7 +69,7 @@ def read_captions(
     mask = (ids != reader.config.pad_token_id).long()
     return reader(ids, mask).last_hidden_state * mask[..., None]
 
-# %% ../../nbs/menagerie/14_flow.ipynb #a6574216
+# %% ../../nbs/menagerie/14_flow.ipynb #bd2c7018
 @torch.no_grad()
 def closed_start(
     transformer:"WanTransformer3DModel", # fresh
@@ -88,7 +88,7 @@ def closed_start(
         torch.nn.init.zeros_(layer.bias)
     return transformer
 
-# %% ../../nbs/menagerie/14_flow.ipynb #cb143192
+# %% ../../nbs/menagerie/14_flow.ipynb #e599d46e
 def new_transformer(
     channels:int=8, # of the latents
     width:int=256, # of a token
@@ -104,7 +104,7 @@ def new_transformer(
         out_channels=channels, text_dim=text_width, freq_dim=64, ffn_dim=4 * width, num_layers=layers,
         rope_max_seq_len=32))
 
-# %% ../../nbs/menagerie/14_flow.ipynb #1dfc3e53
+# %% ../../nbs/menagerie/14_flow.ipynb #7c1e1239
 def flow_times(
     n:int, # clips of the batch
     g:torch.Generator, # of the draws
@@ -114,7 +114,7 @@ def flow_times(
     y = (torch.arange(n) + torch.rand(n, generator=g)) / n
     return shift_sigma(y[torch.randperm(n, generator=g)], shift)
 
-# %% ../../nbs/menagerie/14_flow.ipynb #e46cdd9c
+# %% ../../nbs/menagerie/14_flow.ipynb #69e9a638
 def flow_loss(
     transformer:"WanTransformer3DModel", # or what is called like it
     text:Tensor, # text features (b, n, d)
@@ -129,7 +129,7 @@ def flow_loss(
     u = transformer(z_sigma, 1000 * sigma, text).sample
     return (u.float() - flow(z, eps)).square().mean()
 
-# %% ../../nbs/menagerie/14_flow.ipynb #f9b70c29
+# %% ../../nbs/menagerie/14_flow.ipynb #56e454df
 def new_wan_autoencoder(
     channels:int=8, # of the latents
     base:int=16, # channels that `mult` multiplies
@@ -146,7 +146,7 @@ def new_wan_autoencoder(
         if isinstance(m, WanCausalConv3d): m.weight.data[:, :, :-1] = 0 # what looks back
     return vae
 
-# %% ../../nbs/menagerie/14_flow.ipynb #cad88d1d
+# %% ../../nbs/menagerie/14_flow.ipynb #e258fc77
 def teacher_latents(
     teacher:"AutoencoderKL", # finished
     x:Tensor, # pictures (n, 3, h, w) in [-1, 1]
@@ -155,7 +155,7 @@ def teacher_latents(
     with torch.no_grad(), fast_autocast(): z = teacher.encode(x).latent_dist.mode().float()
     return z * teacher.config.scaling_factor
 
-# %% ../../nbs/menagerie/14_flow.ipynb #b2332e8f
+# %% ../../nbs/menagerie/14_flow.ipynb #88cb94df
 def copy_loss(
     vae:"AutoencoderKLWan", # in training
     z:Tensor, # the teacher's latents (n, c, h, w)
@@ -173,7 +173,7 @@ def copy_loss(
     drawn = picture_loss(y, x, 1 + 6 * presence(track, *x.shape[-2:]))
     return drawn + (mean - z).square().mean() + 1e-3 * (logvar + 4).square().mean()
 
-# %% ../../nbs/menagerie/14_flow.ipynb #66ae7e61
+# %% ../../nbs/menagerie/14_flow.ipynb #5a438fe9
 # of the training: batch, pool size, first fill, drawn per step, learning rate, moving average; for the transformer
 # frames per sample and shift of the noise levels
 FLOW_PHASES = {
@@ -182,7 +182,7 @@ FLOW_PHASES = {
     "clips": dict(n_frames=16, batch=16, pool=3000, first=400, fresh=1, peak=5e-4, ema=.999, shift=3.),
 }
 
-# %% ../../nbs/menagerie/14_flow.ipynb #61647a21
+# %% ../../nbs/menagerie/14_flow.ipynb #6434c6a8
 def copy_autoencoder(
     teacher:"AutoencoderKL", # finished; its latents are kept
     folder:str|Path, # of the run; goes on from its checkpoint
@@ -202,7 +202,7 @@ def copy_autoencoder(
     fit(run, loss_of, every=500, label="autoencoder")
     return vae.eval().requires_grad_(False)
 
-# %% ../../nbs/menagerie/14_flow.ipynb #a0b2e187
+# %% ../../nbs/menagerie/14_flow.ipynb #00d41d6e
 def new_flow_scheduler(
     shift:float=3., # k; Wan: 3 at 480p, 5 at 720p
 )->"UniPCMultistepScheduler":
@@ -210,7 +210,7 @@ def new_flow_scheduler(
     from diffusers import UniPCMultistepScheduler
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
-# %% ../../nbs/menagerie/14_flow.ipynb #a25b5be4
+# %% ../../nbs/menagerie/14_flow.ipynb #206673ff
 def as_flow_policy(
     modules:dict, # transformer and text_encoder
     vae:"AutoencoderKLWan", # takes each frame for itself
@@ -223,7 +223,7 @@ def as_flow_policy(
     kit = dict(name="menagerie-flow", n_frames=n_frames, size=[size, size], guidance_scale=4., max_tokens=MAX_TOKENS)
     return WanPolicy(modules["transformer"], vae, modules["text_encoder"], tokenizer, new_flow_scheduler(), kit)
 
-# %% ../../nbs/menagerie/14_flow.ipynb #4c0814b9
+# %% ../../nbs/menagerie/14_flow.ipynb #93f3c144
 def train_flow_phase(
     phase:str, # a key of `FLOW_PHASES`
     folder:str|Path, # of the run; goes on from its checkpoint
@@ -251,7 +251,7 @@ def train_flow_phase(
             return flow_loss(modules["transformer"], text, z, g, p["shift"])
     return fit(run, loss_of, label=phase, look=look)
 
-# %% ../../nbs/menagerie/14_flow.ipynb #18db219a
+# %% ../../nbs/menagerie/14_flow.ipynb #2e84cfe8
 def flow_looker(
     folder:Path, # where the sheets go: PHASE-STEP-w.png
     phase:str, # a key of `FLOW_PHASES`
@@ -266,7 +266,7 @@ def flow_looker(
         for m in modules.values(): m.train().requires_grad_(True) # a policy freezes its parts
     return look
 
-# %% ../../nbs/menagerie/14_flow.ipynb #a1f1365e
+# %% ../../nbs/menagerie/14_flow.ipynb #8ac2f9fb
 def open_teacher(
     folder:str|Path|None, # of an AutoencoderKL, as `save_pretrained` wrote it
 )->"AutoencoderKL": # float32, frozen
@@ -282,7 +282,7 @@ def open_teacher(
     if times != 8: raise KitError(f"the autoencoder in {folder} makes pictures {times} times smaller: {wanted}")
     return teacher
 
-# %% ../../nbs/menagerie/14_flow.ipynb #73a1fae7
+# %% ../../nbs/menagerie/14_flow.ipynb #6ee6ed21
 def new_flow_parts(
     tokenizer:"T5Tokenizer", # of the captions
     channels:int, # of the latents
@@ -290,7 +290,7 @@ def new_flow_parts(
     "The two networks that are trained together, with fresh weights."
     return dict(transformer=new_transformer(channels), text_encoder=new_flow_reader(tokenizer))
 
-# %% ../../nbs/menagerie/14_flow.ipynb #dc82b458
+# %% ../../nbs/menagerie/14_flow.ipynb #b5f356c9
 def open_flow_parts(
     start:str|Path, # pipeline directory of a flow policy
 )->dict: # transformer and text_encoder, in training
@@ -301,7 +301,7 @@ def open_flow_parts(
     for m in modules.values(): m.train().requires_grad_(True)
     return modules
 
-# %% ../../nbs/menagerie/14_flow.ipynb #7fd57a80
+# %% ../../nbs/menagerie/14_flow.ipynb #bc70dec1
 def save_flow_policy(
     policy:"WanPolicy", # finished
     folder:str|Path, # the pipeline directory
@@ -312,7 +312,7 @@ def save_flow_policy(
     for part in (policy.transformer, policy.vae): part.float()
     return Path(folder)
 
-# %% ../../nbs/menagerie/14_flow.ipynb #4503921c
+# %% ../../nbs/menagerie/14_flow.ipynb #f4a6329b
 def train_flow(
     folder:str|Path, # of the run: autoencoder/, pictures/, clips/, and the finished pipeline in pipeline/
     vae:str|Path|None=None, # folder of the base's AutoencoderKL
