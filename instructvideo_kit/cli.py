@@ -228,8 +228,8 @@ def evaluate(
 # %% ../nbs/95_cli.ipynb #feff3c36
 PARTS = { # part -> where it is shipped; an autoencoder is shipped inside the policies
     "autoencoder": None, "decoder": None, "policy": "policy/menagerie", "fast": "policy/menagerie-fast",
-    "i2v": "policy/menagerie-i2v", "judge": "reward/menagerie", "video-judge": "videoscore/menagerie",
-    "oracle": "oracle/menagerie"}
+    "flow": "policy/menagerie-flow", "i2v": "policy/menagerie-i2v", "judge": "reward/menagerie",
+    "video-judge": "videoscore/menagerie", "oracle": "oracle/menagerie"}
 
 def _train_from(part, out, start, given, n_ddim):
     "Train a part that goes on from a pipeline: the decoder of its autoencoder, or a fast policy."
@@ -252,6 +252,10 @@ def _train(part, out, steps, picture_steps, seed, start=None, vae=None, n_ddim=N
         from instructvideo_kit.menagerie.autoencoder import train_autoencoder
         train_autoencoder(out, **given, start=start).half().save_pretrained(out/part)
         return out/part
+    if part == "flow":
+        from instructvideo_kit.menagerie.flow import train_flow
+        chosen = {"clip_steps": steps, "picture_steps": picture_steps, "start": start}
+        return train_flow(out, vae, seed=seed, **{k: v for k, v in chosen.items() if v is not None})
     if part == "i2v":
         from instructvideo_kit.menagerie.image_to_video import train_image_to_video
         return train_image_to_video(out, **given, **({"start": start} if start else {}))
@@ -268,20 +272,21 @@ def _train(part, out, steps, picture_steps, seed, start=None, vae=None, n_ddim=N
 
 @menagerie.command()
 def train(
-    part: Annotated[str, typer.Option(help="autoencoder, policy, decoder, fast, i2v, judge, video-judge or oracle.")],
+    part: Annotated[str, typer.Option(
+        help="autoencoder, policy, decoder, fast, flow, i2v, judge, video-judge or oracle.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; goes on from the checkpoint in it.")],
     steps: Annotated[int | None, typer.Option(
-        min=1, help="Optimiser steps (policy: of its second phase, on clips; fast: of each stage).")] = None,
+        min=1, help="Optimiser steps (policy and flow: of the phase on clips; fast: of each stage).")] = None,
     picture_steps: Annotated[int | None, typer.Option(
-        min=0, help="Policy: steps of its first phase, on pictures.")] = None,
+        min=0, help="Policy and flow: steps of the phase on pictures.")] = None,
     start: Annotated[str | None, typer.Option(
         help="Go on from this pipeline directory or shipped policy (autoencoder: from its folder).")] = None,
-    vae: Annotated[Path | None, typer.Option(help="Policy: folder of a finished autoencoder.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Policy and flow: folder of a finished autoencoder.")] = None,
     n_ddim: Annotated[int | None, typer.Option(min=1, help="Fast: steps it shall draw in; 8 by default.")] = None,
     seed: Seed = 0,
     ship: Annotated[bool, typer.Option("--ship", help="Put the result in place of the shipped weights.")] = False,
 ):
-    "Train a model of the menagerie from nothing (hours for the policy, minutes for judge and oracle)."
+    "Train a model of the menagerie from nothing (hours for the policies, minutes for judge and oracle)."
     if part not in PARTS: raise KitError(f'--part is "{part}"; {near(part, PARTS)}')
     if ship and not PARTS[part]:
         raise KitError("an autoencoder is shipped inside the policies: train one with --vae FOLDER, or go on from a "

@@ -198,6 +198,18 @@ def test_menagerie_train(tmp_path, monkeypatch):
     refused(call("menagerie", "train", "--part", "judges", "--out", tmp_path/"o"), '"judge"')
 
 
+def test_menagerie_train_flow(tmp_path, monkeypatch):
+    from instructvideo_kit.menagerie import flow
+    refused(call("menagerie", "train", "--part", "flow", "--out", tmp_path/"f"), "--vae FOLDER")
+    refused(call("menagerie", "train", "--part", "flow", "--out", tmp_path/"f", "--vae", tmp_path), "no config.json")
+    asked = {}
+    monkeypatch.setattr(flow, "train_flow", lambda folder, vae, **options: asked.update(options, vae=vae) or folder)
+    answer = call("menagerie", "train", "--part", "flow", "--out", tmp_path/"f", "--vae", tmp_path, "--steps", 3,
+                  "--picture-steps", 0)
+    assert answer.exit_code == 0, answer.output
+    assert asked == {"seed": 0, "clip_steps": 3, "picture_steps": 0, "vae": tmp_path}
+
+
 def test_menagerie_export_and_show(tmp_path):
     answer = call("menagerie", "export", tmp_path/"clips", "--n", 2, "--size", 32)
     assert answer.exit_code == 0, answer.output
