@@ -9,6 +9,7 @@ __all__ = ['looks_back', 'plane_conv', 'one_frame', 'WanPolicy']
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from .causal import CausalVideoPolicy
 
 # %% ../../nbs/policy/05_wan.ipynb #7087e618
 def looks_back(
-    vae:AutoencoderKLWan, # an autoencoder
+    vae:Any, # AutoencoderKLWan
 )->bool: # False where each frame is encoded and decoded for itself
     "Whether a frame's latents or pixels depend on frames before it."
     if vae.config.scale_factor_temporal > 1: return True
@@ -45,10 +46,10 @@ def plane_conv(
 # %% ../../nbs/policy/05_wan.ipynb #67e8b634
 @contextmanager
 def one_frame(
-    vae:AutoencoderKLWan, # an autoencoder
+    vae:Any, # AutoencoderKLWan
 )->Iterator[None]:
     "Within this context clips of one frame pass through in a third of the time; longer ones must not be given."
-    convs = [m for m in vae.modules() if isinstance(m, WanCausalConv3d)]
+    convs:list[Any] = [m for m in vae.modules() if isinstance(m, WanCausalConv3d)]
     for m in convs: m.forward = partial(plane_conv, m)
     try: yield
     finally:
