@@ -107,7 +107,8 @@ def fit_plane(
 )->list[float]: # the loss of each step
     "Train a network on points; ValueError for a schedule that is not of v_prediction."
     if schedule.prediction_type != "v_prediction":
-        raise ValueError(f"the schedule is of {schedule.prediction_type!r}; PlaneNet predicts v, expected 'v_prediction'")
+        found = schedule.prediction_type
+        raise ValueError(f"the schedule is of {found!r}; expected 'v_prediction', as this network predicts v")
     g, losses = torch.Generator().manual_seed(seed), []
     optimiser = torch.optim.Adam(model.parameters(), lr)
     said = torch.zeros(len(points), dtype=torch.long) if captions is None else captions
