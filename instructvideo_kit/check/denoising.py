@@ -87,7 +87,7 @@ NAMES = [
             "the noise: what is left of x_t is sqrt(1 - alpha_bar) eps, so divide by that root"),
     Mistake(_from_epsilon(lambda x0, x, a: x - x0, _v), "the noise: the clean point shrinks before noise is added"),
     Mistake(_from_epsilon(x0_to_epsilon, lambda x0, x, a, e: (1 - a)**.5*x0 - a**.5*e),
-            "v has the opposite sign: v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, pure noise means v = -x0"),
+            "v has the opposite sign: v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0; in pure noise it is -x0"),
     Mistake(_from_epsilon(x0_to_epsilon, lambda x0, x, a, e: a**.5*x0 - (1 - a)**.5*e),
             "in v the two roots are swapped: sqrt(alpha_bar) goes with eps"),
     Mistake(_from_epsilon(x0_to_epsilon, lambda x0, x, a, e: a*e - (1 - a)*x0),
@@ -102,7 +102,8 @@ def three_names(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: noise and v that a guess of the clean clip stands for."
     cases = [(_normal(2, 3), _normal(2, 3, seed=1), a) for a in (.3, .9, .02)]
-    return judge(_stacked(fn), _names, cases, NAMES, "One guess, whatever it is called; the chain never notices the difference.")
+    praise = "One guess, whatever it is called; the chain never notices the difference."
+    return judge(_stacked(fn), _names, cases, NAMES, praise)
 
 # %% ../../nbs/check/05_denoising.ipynb #6b94570f
 def _weights(a): return torch.stack([a/(1 - a), 1/(1 - a)])
@@ -226,7 +227,8 @@ def training_step(
     cases = [(_normal(b, 2, seed=b), torch.arange(b)*300 + 40, _normal(b, 2, seed=b + 9), alpha_bar) for b in (3, 2)]
     mistakes = [Mistake(_trained(m.answer), m.message) for m in TRAINING_STEP]
     right = _trained(_step(plane_loss))
-    return judge(_trained(fn) if callable(fn) else fn, right, cases, mistakes, "Two steps each, and every weight agrees.")
+    answer = _trained(fn) if callable(fn) else fn
+    return judge(answer, right, cases, mistakes, "Two steps each, and every weight agrees.")
 
 def sampler(
     fn, # fn(model, x (b, 2), timesteps (n,), alpha_bar (T,)) -> (b, 2)
