@@ -14,8 +14,13 @@ from torch import nn
 
 from .verdict import Mistake, judge
 from ..diffusion.schedule import Schedule
-from ..diffusion.stochastic import ddim_gaussian, guarded_log_ratio, log_probability, stochastic_chain
-from ..diffusion.stochastic import step_kl
+from instructvideo_kit.diffusion.stochastic import (
+    ddim_gaussian,
+    guarded_log_ratio,
+    log_probability,
+    step_kl,
+    stochastic_chain,
+)
 from ..tuning.advantage import group_advantages
 from ..tuning.policy_loss import policy_loss
 

@@ -31,6 +31,8 @@ def two_moons(
 # %% ../../nbs/diffusion/07_plane.ipynb #6eb88b69
 class PlaneNet(nn.Module):
     "A small network for points: forward(x_t (b, 2), t, captions) -> v (b, 2)."
+    waves: Tensor # frequencies
+
     def __init__(
         self,
         width:int=96, # of the hidden layers
