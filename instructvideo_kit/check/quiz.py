@@ -355,6 +355,61 @@ QUIZZES = {
             },
         ),
     ),
+    "denoising": (
+        Question(
+            "b",
+            {
+                "a": "the curve cannot tell: the spread of the clean clips behind a noisy one always stays in it",
+                "b": (
+                    "most of the loss is a floor that no network can remove; what is left above it is small, and clips"
+                    " may still get better"
+                ),
+                "c": "perhaps, but a flat curve is no sign of it: it is flat in a healthy training too",
+            },
+        ),
+        Question(
+            "a",
+            {
+                "a": "the weight of epsilon's loss is the SNR, which is large in little noise",
+                "b": "there the SNR is near 0, so errors of the clean clip hardly count",
+                "c": "the minimum is the same for a network that can reach it; a small one has to choose",
+            },
+        ),
+        Question(
+            "c",
+            {
+                "a": "the perfect network of exercise 1 has no size at all, and its guess lies between the moons too",
+                "b": "it draws sharp clips in the end, from the same kind of latents",
+                "c": "a squared error is smallest at the mean, and the mean of many sharp clips is a blur",
+            },
+        ),
+    ),
+    "policy_gradients": (
+        Question(
+            "b",
+            {
+                "a": "a constant adds nothing on average, as the mean of grad log p is 0",
+                "b": "the mean stays, since grad log p has mean 0; the spread grows with the size of the rewards",
+                "c": "its mean stays, but every single estimate is multiplied by a larger number: the spread grows",
+            },
+        ),
+        Question(
+            "a",
+            {
+                "a": "all rewards equal the mean, so every advantage is 0, however good the clips are",
+                "b": "they are only compared with each other, and none is better",
+                "c": "the clip looks at ratios, not at rewards; with advantage 0 there is no gradient to clip",
+            },
+        ),
+        Question(
+            "c",
+            {
+                "a": "NFT has no reference in that sense; its old policy is the one that drew",
+                "b": "it needs marks just as the others do",
+                "c": "it trains on clean clips with fresh noise, so any solver may draw them",
+            },
+        ),
+    ),
 }
 
 # %% ../../nbs/check/04_quiz.ipynb #7a0f40d3
