@@ -1,7 +1,7 @@
 """Tutorials as a student opens them: Run All in JupyterLab leaves no red cell, and every widget's picture changes
 when it is used.
 
-KIT_BROWSER_TUTORIALS="01_start_here 05_segvr_and_tar" chooses others than the list below; each takes a minute or
+KIT_BROWSER_TUTORIALS="01_start_here 07_segvr_and_tar" chooses others than the list below; each takes a minute or
 more."""
 import os
 import shutil
@@ -13,7 +13,7 @@ from browser import ROOT, jupyter_lab, missing, open_notebook, page, picture, ru
 if reason := missing(): pytest.skip(reason, allow_module_level=True)
 # add a name here: tutorials/<name>.ipynb
 TUTORIALS = os.environ.get("KIT_BROWSER_TUTORIALS",
-                           "01_start_here 02_noise_and_the_ddim_map 10_interactive_blending").split()
+                           "01_start_here 03_noise_and_the_ddim_map 14_paint_drag_describe").split()
 # seconds for Run All; a tutorial may take four minutes on two cores that do nothing else
 RUN = float(os.environ.get("KIT_BROWSER_RUN", 900))
 

@@ -1,4 +1,4 @@
-"Exercises of tutorials 07 to 11: right answers pass however written, wrong ones are rejected and the mistake is named."
+"Exercises of tutorials 09 to 15: right answers pass however written, wrong ones are rejected and the mistake is named."
 import pytest
 import torch
 import torch.nn.functional as F

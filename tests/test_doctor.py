@@ -129,7 +129,7 @@ def test_every_tutorial_is_named_with_the_minutes_of_its_card():
     minutes = doctor.expected_minutes(doctor.REFERENCE)
     masters = sorted(p.stem for p in (ROOT/"tutorials").glob("[0-9]*.ipynb"))
     assert masters and set(minutes) == {"demo", *masters}
-    assert minutes["01_start_here"] == 1 and minutes["02_noise_and_the_ddim_map"] == .2 # as their cards say
+    assert minutes["01_start_here"] == 1 and minutes["03_noise_and_the_ddim_map"] == .2 # as their cards say
 
 def test_a_card_without_minutes_and_no_course(tmp_path, monkeypatch):
     (tmp_path/"a.ipynb").write_text('{"cells": [{"source": ["# A"]}]}')

@@ -1,7 +1,7 @@
 """Tutorials with another model: each with the second line of its set-up, small random models in the place of the real
 ones, from top to bottom.
 
-Two cheap ones run always; KIT_OTHER_POLICY=all runs all of them (some minutes each), KIT_OTHER_POLICY="07 11" those."""
+Two cheap ones run always; KIT_OTHER_POLICY=all runs all of them (some minutes each), KIT_OTHER_POLICY="09 15" those."""
 import json
 import os
 import re
@@ -22,7 +22,7 @@ WRITE = {"ali-vilab/text-to-video-ms-1.7b": tiny_pipeline,
          "hpsv2": tiny_reward, "TIGER-Lab/VideoScore": write_small_videoscore,
          "stabilityai/stable-video-diffusion-img2vid": lambda folder: tiny_policy(folder, "svd")}
 SECOND_LINE = re.compile(r"\A(?:MODEL|JUDGE), .*\n# (.*)")
-CHOSEN = os.environ.get("KIT_OTHER_POLICY", "02 06").split()
+CHOSEN = os.environ.get("KIT_OTHER_POLICY", "03 08").split()
 SKIP = "takes minutes: KIT_OTHER_POLICY=all runs every tutorial with another model, KIT_OTHER_POLICY=%s this one"
 
 def tutorials():

@@ -17,7 +17,7 @@ class Question(NamedTuple):
     said: dict # letter -> why it is right, or what is wrong with it
 
 QUIZZES = {
-    "01": (
+    "start": (
         Question(
             "b",
             {
@@ -49,7 +49,7 @@ QUIZZES = {
             },
         ),
     ),
-    "02": (
+    "ddim": (
         Question(
             "a",
             {
@@ -75,7 +75,7 @@ QUIZZES = {
             },
         ),
     ),
-    "03": (
+    "editing": (
         Question(
             "b",
             {
@@ -106,7 +106,7 @@ QUIZZES = {
             },
         ),
     ),
-    "04": (
+    "rewards": (
         Question(
             "b",
             {
@@ -140,7 +140,7 @@ QUIZZES = {
             },
         ),
     ),
-    "05": (
+    "segments": (
         Question(
             "b",
             {
@@ -169,7 +169,7 @@ QUIZZES = {
             },
         ),
     ),
-    "06": (
+    "truncation": (
         Question(
             "b",
             {
@@ -198,7 +198,7 @@ QUIZZES = {
             },
         ),
     ),
-    "07": (
+    "instructvideo": (
         Question(
             "b",
             {
@@ -227,7 +227,7 @@ QUIZZES = {
             },
         ),
     ),
-    "08": (
+    "race": (
         Question(
             "a",
             {
@@ -259,7 +259,7 @@ QUIZZES = {
             },
         ),
     ),
-    "09": (
+    "online_dpo": (
         Question(
             "b",
             {
@@ -290,7 +290,7 @@ QUIZZES = {
             },
         ),
     ),
-    "10": (
+    "interactive": (
         Question(
             "c",
             {
@@ -322,7 +322,7 @@ QUIZZES = {
             },
         ),
     ),
-    "11": (
+    "paper_and_code": (
         Question(
             "b",
             {
