@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..diffusion.prediction import flow, shift_sigma
 from ..files import KitError
 from ..machine import fast_autocast
-from .autoencoder import SIZE, Frames, picture_loss, presence, wrong_by
+from .autoencoder import SIZE, Frames, picture_loss, pixel_weight, wrong_by
 from .captions import SPLITS, combinations
 from .models import Pool, sheet
 from .tokens import MAX_TOKENS
@@ -160,7 +160,7 @@ def copy_loss(
     vae:"AutoencoderKLWan", # in training
     z:Tensor, # the teacher's latents (n, c, h, w)
     x:Tensor, # the pictures (n, 3, 8 h, 8 w) in [-1, 1]
-    track:Tensor, # (n, 3), where their subjects are
+    weight:Tensor, # (n, 8 h, 8 w), how much each pixel counts, see `pixel_weight`
     g:torch.Generator, # of the noise on the latents
     most:float=.3, # noise on the latents, see `wrong_by`
 )->Tensor: # scalar
@@ -170,7 +170,7 @@ def copy_loss(
         mean, logvar = vae.quant_conv(vae.encoder(x[:, :, None])).float()[:, :, 0].chunk(2, 1)
         wrong = z + wrong_by(z, most, g)
         y = vae.decoder(vae.post_quant_conv(wrong[:, :, None])).float()[:, :, 0] # not clamped, unlike vae.decode
-    drawn = picture_loss(y, x, 1 + 6 * presence(track, *x.shape[-2:]))
+    drawn = picture_loss(y, x, weight)
     return drawn + (mean - z).square().mean() + 1e-3 * (logvar + 4).square().mean()
 
 # %% ../../nbs/menagerie/15_flow.ipynb #5a438fe9
@@ -197,8 +197,9 @@ def copy_autoencoder(
     if run.resume() < steps: frames = Frames(p["pool"], p["first"], seed=seed + run.step)
     def loss_of(step):
         frames.add(p["fresh"], [seed, 5, step])
-        x, track = frames.batch(p["batch"], [seed, 6, step])
-        return copy_loss(vae, teacher_latents(teacher, x), x, track, torch.Generator().manual_seed(step))
+        x, track, corner = frames.batch(p["batch"], [seed, 6, step])
+        z, weight = teacher_latents(teacher, x), pixel_weight(track, corner, x.shape[-1])
+        return copy_loss(vae, z, x, weight, torch.Generator().manual_seed(step))
     fit(run, loss_of, every=500, label="autoencoder")
     return vae.eval().requires_grad_(False)
 
