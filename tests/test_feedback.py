@@ -192,8 +192,8 @@ def test_more_votes_are_better_and_the_fit_is_fast():
 def test_noise_and_k_are_found():
     phi = world()
     clean, noisy = (fit_votes(phi, *said(phi, 400, 1, 2., e), BLOCKS) for e in (0., .4))
-    # a weak taste and carelessness look alike: the estimate is low
-    assert clean.noise < .06 and noisy.noise > 2*clean.noise
+    # a weak taste and carelessness look alike: the estimate is low, but no longer a quarter of the truth
+    assert clean.noise < .06 and .14 < noisy.noise < .5
     assert clean.against < .1 and noisy.against > max(.14, 2*clean.against)
     assert fit_votes(phi, *said(phi, 400, 1, 1.2), BLOCKS).k < fit_votes(phi, *said(phi, 400, 1, 6.), BLOCKS).k
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/"instructvideo_kit"
 # menagerie trains a policy and a reward, so it stands on both
 LEVEL = dict(files=0, machine=0, video=1, tutorials=1, diffusion=1, policy=2, reward=2, doctor=2, menagerie=3, tuning=3,
-             interactive=3, feedback=3, measure=4, widgets=4, check=4, app=5, demo=6, cli=7)
+             interactive=3, feedback=4, measure=5, widgets=5, check=5, app=6, demo=7, cli=8)
 MENAGERIE_FOLK = {"menagerie", "measure", "widgets", "app", "demo", "cli"}
 NO_MODULE = {"__init__.py", "_modidx.py"}
 
