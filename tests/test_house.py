@@ -196,7 +196,7 @@ def test_notebooks_are_numbered_in_import_order():
 
 def test_functions_are_short():
     "At most 30 lines below the signature; each exception has its reason here."
-    excused = {"feedback_app"} # three commands of one sub-command, registered together
+    excused = {"feedback_app"} # the commands of one sub-command, registered together
     long = []
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
