@@ -3,7 +3,7 @@
     python reproduction/taste_loop.py                        # five tastes x five seeds, 60 votes, own and contrary
     python reproduction/taste_loop.py --figure               # over-optimisation: 20 to 1000 votes, each anchor
     python reproduction/taste_loop.py --quick                # a minute: does it run?
-    python reproduction/taste_loop.py --summary              # nothing new; table and picture of the lines that are there
+    python reproduction/taste_loop.py --summary              # nothing new: table and picture of what is there
 
 One JSON line per (taste, direction, seed, votes, anchor) in OUT/loop.jsonl, written when the run is done; a run whose
 line is there is skipped, one that was cut off begins again. Beside it OUT/loop.json (intervals over seeds and captions)
@@ -95,7 +95,9 @@ class World:
         "Captions, or clips with their captions where a data term wants them."
         if "data" not in anchor: return prompts(48, "tune", seed=9)
         chosen = scenes("tune", 48, seed=9)
-        clips = render(chosen, n_frames=self.policy.n_frames, size=self.policy.size[0])
+        n, side = self.policy.n_frames, max(32, self.policy.size[0]) # a watermark needs its pixels
+        clips = render(chosen, n_frames=n, size=side)
+        if (side, side) != tuple(self.policy.size): clips = resized(clips, self.policy.size)
         return list(zip(clips, [s.caption for s in chosen]))
 
     def reward(self, job):
@@ -106,6 +108,13 @@ class World:
         head = voted(rater, self.phi, self.pool.captions, self.features, job["votes"], job["seed"])
         right = held_out_accuracy(head, self.phi, self.pool.captions, rater.utility, job["seed"])
         return VoteReward(self.features, head, f"{job['taste']} {job['direction']}"), right
+
+
+def resized(clips, size):
+    "Clips (n, f, 3, h, w) at another size."
+    n = clips.shape[1]
+    small = torch.nn.functional.interpolate(clips.flatten(0, 1), tuple(size), mode="bilinear", antialias=True)
+    return small.unflatten(0, (-1, n)).clamp(0, 1)
 
 
 def fields_of(given, job, anchor):

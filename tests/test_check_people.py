@@ -10,7 +10,6 @@ from instructvideo_kit import check as door
 from instructvideo_kit.check import people as check
 from instructvideo_kit.feedback.preference import k_from_share, preference_loss
 
-
 ENDS = torch.tensor([.025, .975], dtype=torch.float64)
 
 def by_probabilities(d, v, k):

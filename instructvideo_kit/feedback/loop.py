@@ -24,7 +24,7 @@ def taste_config(
     n_frames:int, # of the policy's clips
     **fields, # of the algorithm's config, in place of those of its smallest preset; None: the preset's
 ): # of the algorithm's Config
-    "Settings for a reward that reads whole clips: all frames, weighed alike; KitError for an unknown algorithm or field."
+    "Settings for a reward that reads whole clips: all frames, weighed alike; KitError for unknown names."
     known = algorithms()
     need(algorithm in known, f'there is no algorithm "{algorithm}"; expected one of {", ".join(known)}')
     whole = dict(n_segments=n_frames, lam_tar=0.0)
