@@ -212,9 +212,8 @@ def draw_figure(rows, path):
             if not runs: continue
             n = min(len(m["step"]) for m in runs)
             mean = {k: np.mean([m[k][:n] for m in runs], 0) for k in ("distance", "learned", "true")}
-            x = np.concatenate([[0], mean["distance"]])
-            ax.plot(x, np.concatenate([[0], mean["learned"]]), "--", color=colours[anchor], lw=1)
-            ax.plot(x, np.concatenate([[0], mean["true"]]), "-o", ms=3, color=colours[anchor], label=anchor)
+            ax.plot(mean["distance"], mean["learned"], "--", color=colours[anchor], lw=1)
+            ax.plot(mean["distance"], mean["true"], "-o", ms=3, color=colours[anchor], label=anchor)
         ax.axhline(0, color="#999999", lw=.6)
         ax.set(title=f"{votes} votes", xlabel="distance from the base (mean square)")
     axes[0, 0].set_ylabel("change, in deviations of the pool\n(dashed: learned reward, solid: true taste)")

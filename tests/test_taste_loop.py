@@ -54,7 +54,8 @@ def test_the_program_goes_on_where_it_was_cut_off(tmp_path):
     program(small)
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     assert len(rows) == 4 and {r["anchor"] for r in rows} == {"none", "data"}
-    assert all(r["marks"]["step"] == [1, 2] and len(r["change"]) == 3 and r["marks"]["distance"][-1] > 0 for r in rows)
+    assert all(r["marks"]["step"] == [0, 1, 2] and len(r["change"]) == 3 for r in rows)
+    assert all(r["marks"]["distance"][0] == 0 < r["marks"]["distance"][-1] for r in rows)
     text = lines.read_text().splitlines(keepends=True)
     lines.write_text("".join(text[:2]) + text[2][:40]) # the third was cut off, the fourth never came
     program(small)
