@@ -331,9 +331,8 @@ def test_reward_opens_through_every_door_and_has_a_gradient(session, tmp_path):
     slope = (torch.autograd.grad(exact.score(x, words).sum(), x)[0]*direction).sum().item()
     def step(h): return exact.score(x.detach() + h*direction, words).sum().item()
     assert (step(h) - step(-h))/(2*h) == pytest.approx(slope, rel=.03, abs=.03)
-    redder = clips.clone()
-    redder[:, :, 0] = (redder[:, :, 0] + .2).clamp(0, 1)
-    assert (reward.score(redder, words) > reward.score(clips, words)).all()
+    with torch.no_grad(): liked = reward.score(session.pool.pixels(), session.pool.captions)
+    assert np.corrcoef(liked, warmth(session.pool.pixels()))[0, 1] > .7 # of clips like those voted on, no others
 
 
 def test_a_reward_of_other_judges_is_refused(session, tmp_path):
