@@ -191,12 +191,12 @@ def sample(
     for path in write_samples(out, names, videos, [p for p, _ in jobs]): typer.echo(path)
 
 # %% ../nbs/95_cli.ipynb #24a7efdd
-def _vote_captions(policy):
-    "Captions to vote on: the menagerie's tuning split, so that the evaluation's stay unseen."
+def _vote_captions(policy, split):
+    "Captions to vote on and to tune with (split tune), or to ask blindly about (evaluation)."
     from instructvideo_kit.menagerie.captions import prompts
     need(policy.name == "menagerie", f'the captions to vote on with "{policy.name}" are not known; '
          "give a text file with one per line: --captions FILE")
-    return prompts(64, "tune")
+    return prompts(64, split)
 
 app.add_typer(feedback_app(_vote_captions, prepare), name="feedback")
 

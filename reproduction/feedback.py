@@ -24,7 +24,7 @@ def open_pool(folder, policy, captions):
     return draw_pool(folder, VideoPolicy.from_pretrained(policy), prompts(captions, "tune", seed=5), 4, n_ddim=10)
 
 
-def curves(pool, features, phi, seeds, votes, within):
+def curves(pool, features, phi, seeds, votes, within, tested):
     "{taste: {active: [{votes, accuracy, calibration, needed} per seed]}}"
     clips, found = pool.pixels(), {}
     shipped = sum(standard(phi[:, i]) for i in range(features.shipped))
@@ -34,7 +34,7 @@ def curves(pool, features, phi, seeds, votes, within):
             for seed in range(seeds):
                 rater = SimulatedRater(name, taste, seed=seed).look(clips, pool.captions)
                 curve = learning_curve(phi, pool.captions, rater, features.blocks, how == "active", votes,
-                                       shipped=features.shipped, within=within, seed=seed)
+                                       shipped=features.shipped, within=within, seed=seed, tested=tested)
                 rows.append(dict(votes=curve.votes, accuracy=curve.accuracy, calibration=curve.calibration,
                                  needed=curve.needed()))
         print(name, {how: summary(rows) for how, rows in found[name].items()}, flush=True)
@@ -77,15 +77,19 @@ def main():
     parser.add_argument("--captions", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--votes", type=int, default=120)
-    parser.add_argument("--within", action="store_true", help="pairs of one caption only")
+    parser.add_argument("--within", action="store_true", help="ask about pairs of one caption only")
+    parser.add_argument("--tested", choices=("any", "within"),
+                        help="test on any pairs or on those of one caption; as asked by default")
     parser.add_argument("--out", type=Path, default=Path("reproduction/feedback"))
     given = parser.parse_args()
+    tested = given.within if given.tested is None else given.tested == "within"
     pool, began = open_pool(given.pool, given.policy, given.captions), time.perf_counter()
     features = JudgeFeatures.from_pretrained()
-    found = curves(pool, features, features.of(pool.pixels(), pool.captions), given.seeds, given.votes, given.within)
+    found = curves(pool, features, features.of(pool.pixels(), pool.captions), given.seeds, given.votes, given.within,
+                   tested)
     about = dict(clips=len(pool), captions=len(set(pool.captions)), model=pool.model, within=given.within,
-                 seconds=round(time.perf_counter() - began))
-    name = "curves_within" if given.within else "curves"
+                 tested_within=tested, seconds=round(time.perf_counter() - began))
+    name = "curves_within" if given.within else "curves_tested_within" if tested else "curves"
     told = {taste: {how: summary(rows) for how, rows in ways.items()} for taste, ways in found.items()}
     write_atomic(given.out/f"{name}.json", json.dumps(dict(about=about, summary=told, curves=found), indent=1))
     draw(found, given.out/f"{name}.png")

@@ -192,10 +192,41 @@ def test_more_votes_are_better_and_the_fit_is_fast():
 def test_noise_and_k_are_found():
     phi = world()
     clean, noisy = (fit_votes(phi, *said(phi, 400, 1, 2., e), BLOCKS) for e in (0., .4))
-    # a weak taste and carelessness look alike: the estimate is low
-    assert clean.noise < .06 and noisy.noise > 2*clean.noise
+    # a weak taste and carelessness look alike: the estimate is low, but no longer a quarter of the truth
+    assert clean.noise < .06 and .14 < noisy.noise < .5
     assert clean.against < .1 and noisy.against > max(.14, 2*clean.against)
     assert fit_votes(phi, *said(phi, 400, 1, 1.2), BLOCKS).k < fit_votes(phi, *said(phi, 400, 1, 6.), BLOCKS).k
+
+
+def test_leaving_a_vote_out_is_what_a_second_fit_without_it_says():
+    from instructvideo_kit.feedback.fit import held_out, newton
+    rng = np.random.default_rng(3)
+    x, vote = rng.normal(size=(40, 6)), rng.integers(-1, 2, 40)
+    rest = 2., np.zeros(6), np.ones(6)
+    w, hessian = newton(x, vote, np.ones(40), *rest)
+    mean, variance = held_out(x, vote, np.ones(40), 2., w, hessian)
+    for n in range(0, 40, 7):
+        others = np.arange(40) != n
+        again, bend = newton(x[others], vote[others], np.ones(39), *rest)
+        assert abs(mean[n] - x[n] @ again) < .03
+        assert abs(variance[n]/(x[n] @ np.linalg.solve(bend, x[n])) - 1) < .1
+    assert np.abs(mean - x @ w).max() > .2 # and it matters
+
+
+def test_directions_keep_to_their_block_and_a_block_that_says_nothing_is_closed():
+    from instructvideo_kit.feedback.fit import block_directions, directions
+    phi = world()
+    groups = block_directions(directions(phi, BLOCKS)[2], BLOCKS)
+    assert [len(g) for g in groups] == [1, 10, 8] and sorted(np.concatenate(groups)) == list(range(19))
+    head = fit_votes(phi, *said(phi, 300, 1), BLOCKS) # the taste is feature 5, in the first of the two blocks
+    spread = [head.factor.square().sum(1)[g].mean().item() for g in groups]
+    assert spread[2] < spread[1]
+
+
+def test_few_votes_do_not_accuse_anybody():
+    phi, votes = world(), said(world(), 12, 3)
+    told = fit_report(fit_votes(phi, *votes, BLOCKS), ["a", "b"], votes[2])
+    assert "too few to say how many are careless" in told[0] and not any("contradict each other" in t for t in told)
 
 
 def test_contradictory_votes_are_told():
@@ -300,9 +331,8 @@ def test_reward_opens_through_every_door_and_has_a_gradient(session, tmp_path):
     slope = (torch.autograd.grad(exact.score(x, words).sum(), x)[0]*direction).sum().item()
     def step(h): return exact.score(x.detach() + h*direction, words).sum().item()
     assert (step(h) - step(-h))/(2*h) == pytest.approx(slope, rel=.03, abs=.03)
-    redder = clips.clone()
-    redder[:, :, 0] = (redder[:, :, 0] + .2).clamp(0, 1)
-    assert (reward.score(redder, words) > reward.score(clips, words)).all()
+    with torch.no_grad(): liked = reward.score(session.pool.pixels(), session.pool.captions)
+    assert np.corrcoef(liked, warmth(session.pool.pixels()))[0, 1] > .7 # of clips like those voted on, no others
 
 
 def test_a_reward_of_other_judges_is_refused(session, tmp_path):

@@ -412,6 +412,42 @@ QUIZZES = {
     ),
 }
 
+# %% ../../nbs/check/04_quiz.ipynb #d8b376f2
+QUIZZES["teach_a_judge"] = (
+    Question("b", {
+        "a": "only differences of rewards enter the loss, and they stay as they are",
+        "b": "the loss sees differences only; a reward has no zero",
+        "c": "a tie is about the difference of two rewards as well, and that stays as it is",
+    }),
+    Question("c", {
+        "a": "of new clips nothing is known: the weights had room enough for every vote",
+        "b": "careless votes can be fitted just as well when there are as many directions as votes",
+        "c": "dice are fitted as well as taste; hold votes out and count on those",
+    }),
+    Question("a", {
+        "a": "the best of more clips is more often one about which the judge errs upwards",
+        "b": "a larger choice helps the true taste a little and the promise more",
+        "c": "the judge is the same, but it is asked about rarer clips, where its errors are larger",
+    }),
+)
+QUIZZES["your_taste"] = (
+    Question("c", {
+        "a": "twelve of twenty is what a coin gives often enough: the interval holds one half",
+        "b": "the interval holds one half, and it also holds three quarters: it says neither",
+        "c": "the interval reaches from below one half to far above it: ask about more pairs",
+    }),
+    Question("b", {
+        "a": "the model may have pleased anybody; the control is there to find out",
+        "b": "if another taste's model wins as often, the votes liked tuning, not this taste",
+        "c": "a control says nothing about the strength of noise; the ties and contradictions do",
+    }),
+    Question("a", {
+        "a": "one seed is one model: whether another would do as well, its captions cannot say",
+        "b": "captions make the interval of this one model narrower, and leave the other seeds out",
+        "c": "the blind pairs were drawn from this one model as well",
+    }),
+)
+
 # %% ../../nbs/check/04_quiz.ipynb #7a0f40d3
 def _verdict(question, letter):
     "One line about one answer."

@@ -20,8 +20,9 @@ class Mistake(NamedTuple):
 def _numbers(
     x, # what a function returned
 )->torch.Tensor:
-    "An answer as a tensor: a list of tensors is stacked, plain numbers are taken as they are."
-    if isinstance(x, (list, tuple)) and x and torch.is_tensor(x[0]): return torch.stack(list(x))
+    "An answer as a tensor: a list with tensors in it is stacked, plain numbers are taken as they are."
+    listed = isinstance(x, (list, tuple)) and any(torch.is_tensor(v) for v in x)
+    if listed: return torch.stack([torch.as_tensor(v).double() for v in x])
     return torch.as_tensor(x)
 
 def _close(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASTE_NAMES', 'Folder', 'Rater', 'ABOUT', 'voting_notebook', 'read_captions_file', 'simulate', 'train_reward',
-           'agreements', 'evaluate_reward', 'collect_blind', 'feedback_app']
+           'agreements', 'evaluate_reward', 'collect_blind', 'tune_reward', 'feedback_app']
 
 # %% ../../nbs/feedback/90_commands.ipynb #37c12574
 from pathlib import Path
@@ -91,7 +91,8 @@ def train_reward(
     write_atomic(out/"portrait.png", buffer.getvalue())
     for line in [*session.report(head, votes), "", str(seen), ""]: echo(line)
     echo(f"reward: {out}")
-    echo(f"next: instructvideo-kit tune --data menagerie --reward {out}")
+    whose = f" --rater {rater}" if rater else ""
+    echo(f"next: instructvideo-kit feedback tune {folder}{whose}")
     return out
 
 def agreements(
@@ -109,20 +110,38 @@ def evaluate_reward(
     folder, # of the pool, or of blind pairs
     reward=None, # folder of a reward; None where the folder holds blind pairs
     rater:str=None, # whose votes; None: everybody's
+    control=None, # folder of blind pairs of a model tuned to another taste, judged by the same rater
     echo=print, # where the sentences go
-)->dict: # accuracy, calibration, pairs; or rate, low, high
+)->dict: # accuracy, calibration, pairs; or rate, low, high; with a control also difference and its interval
     "Win rate of blind pairs; else accuracy and calibration of a reward on votes, and agreement of the raters."
-    from instructvideo_kit.feedback.blind import win_rate
     from instructvideo_kit.feedback.session import read_plan
     from instructvideo_kit.feedback.votes import read_votes
     votes = [v for v in read_votes(folder) if not rater or v["rater"].lower() == rater.lower()]
     for line in agreements(votes): echo(line)
-    if plan := read_plan(folder):
-        found = win_rate(votes, plan)
-        echo(f"tuned against before: {found}")
-        return dict(rate=found.rate, low=found.low, high=found.high)
+    if plan := read_plan(folder): return _won(folder, plan, votes, rater, control, echo)
+    if control: raise KitError(f'--control goes with blind pairs, and "{folder}" holds none (no plan.json)')
     if reward is None: raise KitError("--reward is missing; give the folder of a reward made by feedback train")
     return _judged(folder, reward, votes, echo)
+
+def _won(folder, plan, votes, rater, control, echo):
+    "Win rate of blind pairs, beside that of a control."
+    from instructvideo_kit.feedback.blind import win_rate
+    from instructvideo_kit.feedback.loop import against_control
+    from instructvideo_kit.feedback.session import read_plan
+    from instructvideo_kit.feedback.votes import read_votes
+    mine = win_rate(votes, plan)
+    echo(f"tuned against before: {mine}")
+    found = dict(rate=mine.rate, low=mine.low, high=mine.high)
+    if not control: return found
+    other_plan = read_plan(control)
+    if not other_plan: raise KitError(f'--control "{control}" holds no blind pairs (no plan.json)')
+    other = win_rate([v for v in read_votes(control) if not rater or v["rater"].lower() == rater.lower()], other_plan)
+    difference, low, high = against_control(mine, other)
+    verdict = "more than" if low > 0 else "less than" if high < 0 else "not told apart from"
+    echo(f"control, tuned to another taste: {other}")
+    echo(f"own taste minus control: {100*difference:+.0f} points ({100*low:+.0f} .. {100*high:+.0f}): "
+         f"liked {verdict} the control")
+    return {**found, "difference": difference, "difference_low": low, "difference_high": high}
 
 def _judged(folder, reward, votes, echo):
     "Accuracy of a reward on votes."
@@ -151,31 +170,48 @@ def collect_blind(
 )->Path: # of the plan
     """Draw clips before and after tuning from the same noise, and plan blind pairs of them; KitError when there is no
     LoRA."""
-    from instructvideo_kit.feedback.blind import blind_pairs
-    from instructvideo_kit.feedback.session import write_plan
+    from instructvideo_kit.feedback.loop import ask_again
     from instructvideo_kit.policy.lora import LORA_FILE, load_lora
     lora = next((p for p in (Path(tuned), Path(tuned)/"lora") if (p/LORA_FILE).is_file()), None)
     if lora is None:
         raise KitError(f'no LoRA in "{tuned}"; give a run folder made by tune, or a folder that holds {LORA_FILE}')
-    captions = list(dict.fromkeys(captions))[:n]
-    def draw():
-        noise = policy.noise(range(len(captions)), seed)
-        return policy.generate(captions, n_ddim, noise=noise, progress=progress)
-    before = draw()
     load_lora(policy, lora)
-    _, plan = blind_pairs(folder, before, draw(), captions, n, seed)
-    return write_plan(folder, plan)
+    return ask_again(folder, policy, captions, n, n_ddim, None, seed, progress)
+
+def tune_reward(
+    folder, # of the pool
+    policy, # VideoPolicy
+    captions, # to tune on
+    rater:str=None, # whose reward; None: everybody's
+    algorithm:str="draft", # see `tune_taste`
+    steps:int=None, # None: the preset's
+    out=None, # folder of the run; None: run/RATER in the pool's folder
+    seed:int=0, # of the run
+    echo=print, # where the sentences go
+)->Path: # folder of the run
+    "Tune with the reward that `train_reward` made; KitError when there is none."
+    from instructvideo_kit.feedback.loop import tune_taste
+    from instructvideo_kit.feedback.reward import VoteReward
+    from instructvideo_kit.feedback.votes import rater_file
+    name = rater_file(folder, rater or "everybody").stem
+    reward = VoteReward.from_pretrained(Path(folder)/"reward"/name)
+    out = Path(out) if out else Path(folder)/"run"/name
+    tune_taste(policy, reward, captions, algorithm, out, steps=steps, seed=seed)
+    echo(f"run: {out}")
+    whose = f" --rater {rater}" if rater else ""
+    echo(f"next: instructvideo-kit feedback collect {folder}-blind --tuned {out}{whose}")
+    return out
 
 # %% ../../nbs/feedback/90_commands.ipynb #0f297233
 Folder = Annotated[Path, typer.Argument(help="Folder of the pool: clips, votes, rewards.")]
 Rater = Annotated[str | None, typer.Option(help="Whose votes; everybody's by default.")]
-ABOUT = "Your own taste: vote on pairs of clips, train a reward on the votes, ask how good it is."
+ABOUT = "Your own taste: vote on pairs of clips, train a reward on the votes, tune with it, be asked blindly."
 
 def feedback_app(
-    captions_for, # callable (policy) -> captions to draw where no file is given; KitError where none are known
+    captions_for, # callable (policy, split) -> captions where no file is given; KitError where none are known
     prepare=lambda: None, # called before the heavy imports
 )->typer.Typer:
-    "The three commands, as a part of a command line."
+    "The four commands, as a part of a command line."
     app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=ABOUT)
 
     @app.command()
@@ -206,13 +242,8 @@ def feedback_app(
         prepare()
         if not (folder/"pool.json").exists():
             _draw(folder, policy, given, captions_for, n, per_caption, steps, seed, tuned)
-        train_next = f"instructvideo-kit feedback train {folder} --rater {simulated or rater}"
-        if simulated:
-            cast = simulate(folder, simulated, votes, careless, seed, active=not random)
-            typer.echo(f"{cast} votes of {simulated}; next: {train_next}")
-        else:
-            page = voting_notebook(folder, rater, (folder/"plan.json").exists())
-            typer.echo(f"vote: jupyter lab {page}\nthen: {train_next}")
+        if simulated: _tell_simulated(folder, simulated, votes, careless, seed, not random)
+        else: _tell_page(folder, rater)
 
     @app.command()
     def train(
@@ -228,37 +259,68 @@ def feedback_app(
         train_reward(folder, rater, more or (), out, typer.echo)
 
     @app.command()
+    def tune(
+        folder: Folder,
+        rater: Rater = None,
+        policy: Annotated[str, typer.Option(
+            help="The model to tune: shipped name, pipeline directory or hub id.")] = "menagerie",
+        algorithm: Annotated[str, typer.Option(
+            help="How: draft follows the reward's gradient, nft and grpo need none.")] = "draft",
+        captions: Annotated[Path | None, typer.Option(
+            help="Text file, one caption per line; captions of the menagerie by default.")] = None,
+        steps: Annotated[int | None, typer.Option(min=1, help="Updates; those of the preset by default.")] = None,
+        seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
+        out: Annotated[Path | None, typer.Option(help="Folder of the run; run/RATER in the pool's by default.")] = None,
+    ):
+        "Tune the model with the reward that train made."
+        given = read_captions_file(captions) if captions else None
+        prepare()
+        model = _open_policy(policy)
+        tune_reward(folder, model, given or captions_for(model, "tune"), rater, algorithm, steps, out, seed, typer.echo)
+
+    @app.command()
     def evaluate(
         folder: Folder,
         reward: Annotated[Path | None, typer.Option(
             help="Folder of a reward made by train; not needed for blind pairs.")] = None,
         rater: Rater = None,
+        control: Annotated[Path | None, typer.Option(
+            help="Blind pairs of a model tuned to somebody else's taste, judged by the same rater.")] = None,
     ):
         "How right a reward is on votes, how far raters agree, or who won blind pairs."
         prepare()
-        evaluate_reward(folder, reward, rater, typer.echo)
+        evaluate_reward(folder, reward, rater, control, typer.echo)
 
     return app
 
 def _tell_simulated(folder, taste, votes, careless, seed, active):
     "Let a known taste vote, and say what is next."
     cast = simulate(folder, taste, votes, careless, seed, active=active)
-    typer.echo(f"{cast} votes of {taste}; next: instructvideo-kit feedback train {folder} --rater {taste}")
+    then = _next_step(folder, taste)
+    typer.echo(f"{cast} votes of {taste}; next: {then}")
 
 def _tell_page(folder, rater):
     "Write the page, and say how to open it and what is next."
     blind = (folder/"plan.json").exists()
     page = voting_notebook(folder, rater, blind)
-    then = f"evaluate {folder}" if blind else f"train {folder} --rater {rater}"
-    typer.echo(f"vote: jupyter lab {page}\nthen: instructvideo-kit feedback {then}")
+    typer.echo(f"vote: jupyter lab {page}\nthen: {_next_step(folder, rater)}")
+
+def _next_step(folder, rater):
+    "The command that comes after the votes."
+    what = "evaluate" if (folder/"plan.json").exists() else "train"
+    return f"instructvideo-kit feedback {what} {folder} --rater {rater}"
+
+def _open_policy(policy):
+    "The model, on a card where there is one."
+    import torch
+
+    from instructvideo_kit.policy import VideoPolicy
+    return VideoPolicy.from_pretrained(policy, device="cuda" if torch.cuda.is_available() else "cpu")
 
 def _draw(folder, policy, given, captions_for, n, per_caption, steps, seed, tuned):
     "Fill a new folder with clips."
-    import torch
-
     from instructvideo_kit.feedback.pool import draw_pool
-    from instructvideo_kit.policy import VideoPolicy
-    model = VideoPolicy.from_pretrained(policy, device="cuda" if torch.cuda.is_available() else "cpu")
-    captions = (given or captions_for(model))[:n]
+    model = _open_policy(policy)
+    captions = (given or captions_for(model, "evaluation" if tuned else "tune"))[:n]
     if tuned: collect_blind(folder, model, tuned, captions, steps, seed)
     else: draw_pool(folder, model, captions, per_caption, steps, seed=seed)

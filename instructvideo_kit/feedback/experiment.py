@@ -41,14 +41,16 @@ def learning_curve(
     votes:int=120, # in all
     at_once:int=10, # between two fits
     shipped:int=2, # how many blocks are shipped scores
-    within:bool=False, # pairs of one caption only
+    within:bool=False, # ask about pairs of one caption only
     seed:int=0, # of the split and the pairs
+    tested:bool=None, # test on pairs of one caption only; None: as `within`
 )->Curve:
     "Vote, fit, and test on held-out captions, in turns; KitError for fewer than four captions."
     train, test = split_captions(captions, seed)
     frame = directions(features, blocks, shipped)
     head, asked = prior_head(features, blocks, shipped, frame), []
-    held = test[candidate_pairs([captions[i] for i in test], within, 2000, seed)]
+    tested = within if tested is None else tested
+    held = test[candidate_pairs([captions[i] for i in test], tested, 2000, seed)]
     truth = (rater.utility[held[:, 0]] - rater.utility[held[:, 1]]).sign().long()
     curve = Curve([], [], [])
     _note(curve, 0, head, features, held, truth)

@@ -1,0 +1,289 @@
+"""The whole loop with known tastes: votes, reward, tuning, and what the true taste says of it on captions nobody saw.
+
+    python reproduction/taste_loop.py                        # five tastes x five seeds, 60 votes, own and contrary
+    python reproduction/taste_loop.py --figure               # over-optimisation: 20 to 1000 votes, each anchor
+    python reproduction/taste_loop.py --quick                # a minute: does it run?
+    python reproduction/taste_loop.py --summary              # nothing new: table and picture of what is there
+
+One JSON line per (taste, direction, seed, votes, anchor) in OUT/loop.jsonl, written when the run is done; a run whose
+line is there is skipped, one that was cut off begins again. Beside it OUT/loop.json (intervals over seeds and captions)
+and OUT/loop.png. The direction is own (tuned to this taste) or contrary (tuned to its opposite, asked about the same
+taste); the anchor is what holds the model near its base: none, a data term, a pull to the base (kl), or both."""
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from instructvideo_kit.feedback.fit import accuracy, fit_votes, prior_head
+from instructvideo_kit.feedback.loop import taste_change, taste_config, tune_taste
+from instructvideo_kit.feedback.pairs import active_pairs, candidate_pairs
+from instructvideo_kit.feedback.pool import Pool, draw_pool
+from instructvideo_kit.feedback.raters import TASTES, SimulatedRater, standard, taste_of
+from instructvideo_kit.feedback.reward import JudgeFeatures, VoteReward
+from instructvideo_kit.feedback.session import pool_features
+from instructvideo_kit.feedback.votes import VOTES, append_line
+from instructvideo_kit.files import KitError, write_atomic
+from instructvideo_kit.measure.metrics import seed_bootstrap
+from instructvideo_kit.menagerie.captions import prompts, scenes
+from instructvideo_kit.menagerie.defects import render
+from instructvideo_kit.policy import VideoPolicy
+from instructvideo_kit.tuning.distance import BaseDistance
+
+PULLS = {"nft": "lam_ref", "grpo": "beta"} # the field that weighs the pull to the base, where an algorithm has one
+ANCHORS = ("none", "data", "kl", "data+kl")
+BATCHES = 12 # fits on the way to the last vote
+
+
+def known_tastes(features):
+    "name -> callable (clips, captions) -> (n,); contrary: against the shipped judges."
+    def shipped(clips, captions): return features.of(clips, captions)[:, :features.shipped].sum(1)
+    return {name: taste_of(name, judge=shipped) for name in TASTES}
+
+
+def turned(taste): return lambda clips, captions: -taste(clips, captions)
+
+
+def voted(rater, phi, captions, features, votes, seed):
+    "Active votes of a rater who has looked at the pool: (first, second, vote), and the head fitted to them."
+    head, asked, at_once = prior_head(phi, features.blocks, features.shipped), [], max(1, -(-votes//BATCHES))
+    while len(asked) < votes:
+        taken = [(a, b) for a, b, _ in asked]
+        candidates = candidate_pairs(captions, False, 3000, seed + len(asked), taken)
+        pairs = active_pairs(head, phi, candidates, min(at_once, votes - len(asked)))
+        asked += [(a, b, VOTES[rater.answer(a, b)]) for a, b in pairs.tolist()]
+        if any(v for _, _, v in asked): head = fit_votes(phi, *zip(*asked), features.blocks, features.shipped)
+    return head
+
+
+def held_out_accuracy(head, phi, captions, utility, seed):
+    "How often the head orders two clips of the pool as the true taste does; seen and unseen pairs."
+    pairs = candidate_pairs(captions, False, 1000, 10_000 + seed)
+    truth = (utility[pairs[:, 0]] - utility[pairs[:, 1]]).sign().long()
+    return accuracy(head, phi, pairs[:, 0], pairs[:, 1], truth)["accuracy"]
+
+
+class World:
+    "What all runs share: model, judges, pool, held-out captions, tuning data, and the clips of the base."
+    def __init__(self, given):
+        self.given = given
+        self.policy = VideoPolicy.from_pretrained(given.policy)
+        self.features = JudgeFeatures.from_pretrained()
+        self.pool = self.open_pool()
+        self.phi = pool_features(self.pool, self.features)
+        self.tastes = known_tastes(self.features)
+        self.captions = prompts(given.held_out, "evaluation", seed=7)
+        self.before = self.draw()
+        looked = {name: taste(self.pool.pixels(), self.pool.captions) for name, taste in self.tastes.items()}
+        self.deviation = {name: float(torch.as_tensor(u).double().std()) for name, u in looked.items()}
+        self.looked = looked
+
+    def open_pool(self):
+        if (self.given.pool/"pool.json").exists(): return Pool.open(self.given.pool)
+        chosen = prompts(self.given.captions, "tune", seed=5)
+        return draw_pool(self.given.pool, self.policy, chosen, 4, self.given.n_ddim)
+
+    def draw(self):
+        "The held-out captions, always from the same noise."
+        noise = self.policy.noise(range(len(self.captions)), 12345)
+        return self.policy.generate(self.captions, self.given.n_ddim, noise=noise).cpu()
+
+    def data(self, anchor):
+        "Captions, or clips with their captions where a data term wants them."
+        if "data" not in anchor: return prompts(48, "tune", seed=9)
+        chosen = scenes("tune", 48, seed=9)
+        n, side = self.policy.n_frames, max(32, self.policy.size[0]) # a watermark needs its pixels
+        clips = render(chosen, n_frames=n, size=side)
+        if (side, side) != tuple(self.policy.size): clips = resized(clips, self.policy.size)
+        return list(zip(clips, [s.caption for s in chosen]))
+
+    def reward(self, job):
+        "The reward that a known rater's votes make, and how right it is."
+        taste, sign = self.tastes[job["taste"]], 1 if job["direction"] == "own" else -1
+        rater = SimulatedRater(job["taste"], taste if sign > 0 else turned(taste), seed=job["seed"])
+        rater.utility = sign*standard(self.looked[job["taste"]])
+        head = voted(rater, self.phi, self.pool.captions, self.features, job["votes"], job["seed"])
+        right = held_out_accuracy(head, self.phi, self.pool.captions, rater.utility, job["seed"])
+        return VoteReward(self.features, head, f"{job['taste']} {job['direction']}"), right
+
+
+def resized(clips, size):
+    "Clips (n, f, 3, h, w) at another size."
+    n = clips.shape[1]
+    small = torch.nn.functional.interpolate(clips.flatten(0, 1), tuple(size), mode="bilinear", antialias=True)
+    return small.unflatten(0, (-1, n)).clamp(0, 1)
+
+
+def fields_of(given, job, anchor):
+    "Settings of a run beyond its preset."
+    found = dict(steps=given.steps, batch=given.batch, seed=job["seed"], n_ddim=given.tune_ddim, distance_every=0)
+    found |= dict(eval_every=given.every, save_every=given.every)
+    if "data" in anchor: found |= dict(data_term=given.data_term)
+    if "kl" in anchor: found |= {PULLS[given.algorithm]: given.pull}
+    return found
+
+
+def run(world, job):
+    "One line: the votes, the reward, the run, and at each mark distance, learned reward and true taste."
+    given, began = world.given, time.perf_counter()
+    reward, right = world.reward(job)
+    taste, deviation = world.tastes[job["taste"]], world.deviation[job["taste"]]
+    fields = fields_of(given, job, job["anchor"])
+    config = taste_config(given.algorithm, world.policy.n_frames, **fields)
+    measured = BaseDistance(world.policy, world.captions, config)
+    with torch.no_grad(): scored = reward.score(world.before, world.captions)
+    spread = reward.head(world.phi.double()).std().item()
+    changes = {}
+    def mark(policy, step):
+        after = world.draw()
+        with torch.no_grad(): learned = (reward.score(after, world.captions) - scored).double()/spread
+        changes[step] = taste_change(world.before, after, world.captions, taste, deviation)
+        return dict(distance=measured(), learned=learned.mean().item(), true=changes[step].mean().item())
+    folder = given.out/"runs"/"-".join(str(v) for v in job.values())
+    shutil.rmtree(folder, ignore_errors=True) # a run that was cut off left no line: begin it again
+    done = tune_taste(world.policy, reward, world.data(job["anchor"]), given.algorithm, folder, mark, False, **fields)
+    marks = done.rows("eval")
+    last = [round(v, 4) for v in changes[done.steps].tolist()]
+    strip_lora(world.policy)
+    shutil.rmtree(folder, ignore_errors=True)
+    names = ("step", "distance", "learned", "true")
+    about = dict(**job, algorithm=given.algorithm, model=world.policy.name, steps=done.steps, reward_accuracy=right)
+    return {**about, "marks": {k: [m[k] for m in marks] for k in names}, "change": last,
+            "seconds": round(time.perf_counter() - began)}
+
+
+def strip_lora(policy):
+    "Take the adapters away without adding them to the weights."
+    policy.network.unload_lora()
+
+
+def jobs_of(given):
+    "Every combination that was asked for."
+    if given.figure: combinations = [("own", v, a) for v in given.votes for a in given.anchors]
+    else: combinations = [("own", 60, "none"), ("contrary", 60, "none")]
+    if given.quick: combinations = [("own", 12, "none"), ("contrary", 12, "none")]
+    names = ("taste", "direction", "seed", "votes", "anchor")
+    return [dict(zip(names, (taste, direction, seed, votes, anchor)))
+            for seed in range(given.seeds) for direction, votes, anchor in combinations for taste in given.tastes]
+
+
+def lines_of(path):
+    "What was measured already; a line that was cut off is left out."
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try: rows.append(json.loads(line))
+        except ValueError: print(f"{path}: a damaged line is left out and run again")
+    return rows
+
+
+def key_of(row): return tuple(row[k] for k in ("taste", "direction", "seed", "votes", "anchor", "algorithm", "model"))
+
+
+def summary(rows):
+    "{taste, direction, votes, anchor: mean change of the true taste with its interval over seeds and captions}."
+    groups = {}
+    for r in rows: groups.setdefault((r["taste"], r["direction"], r["votes"], r["anchor"]), []).append(r["change"])
+    found = []
+    for (taste, direction, votes, anchor), changes in sorted(groups.items()):
+        row = dict(taste=taste, direction=direction, votes=votes, anchor=anchor, seeds=len(changes))
+        row["change"] = round(float(np.mean(changes)), 3)
+        if len(changes) > 1:
+            low, high = seed_bootstrap(np.array(changes))[1:]
+            row |= dict(low=round(low, 3), high=round(high, 3))
+        found.append(row)
+    return found
+
+
+def draw_figure(rows, path):
+    "Learned reward (dashed) and true taste (solid) over the distance from the base, a panel per number of votes."
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    own = [r for r in rows if r["direction"] == "own"]
+    panels = sorted({r["votes"] for r in own})
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.4*len(panels), 3.2), sharey=True, squeeze=False)
+    colours = dict(zip(ANCHORS, ("#444444", "#1b7f79", "#e06c32", "#7a5ea8")))
+    for ax, votes in zip(axes[0], panels):
+        for anchor in ANCHORS:
+            runs = [r["marks"] for r in own if (r["votes"], r["anchor"]) == (votes, anchor)]
+            if not runs: continue
+            n = min(len(m["step"]) for m in runs)
+            mean = {k: np.mean([m[k][:n] for m in runs], 0) for k in ("distance", "learned", "true")}
+            ax.plot(mean["distance"], mean["learned"], "--", color=colours[anchor], lw=1)
+            ax.plot(mean["distance"], mean["true"], "-o", ms=3, color=colours[anchor], label=anchor)
+        ax.axhline(0, color="#999999", lw=.6)
+        ax.set(title=f"{votes} votes", xlabel="distance from the base (mean square)")
+    axes[0, 0].set_ylabel("change, in deviations of the pool\n(dashed: learned reward, solid: true taste)")
+    axes[0, 0].legend(title="anchor", fontsize=8, frameon=False)
+    fig.tight_layout()
+    fig.savefig(path, dpi=90)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", default="menagerie", help="the model that is tuned")
+    parser.add_argument("--pool", type=Path, default=Path("runs/taste-pool"), help="drawn when it is not there")
+    parser.add_argument("--captions", type=int, default=48, help="of the pool, four clips each")
+    parser.add_argument("--tastes", nargs="+", choices=TASTES, default=list(TASTES))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--held-out", type=int, default=48, help="captions on which the true taste is asked")
+    parser.add_argument("--algorithm", default="draft", help="draft, nft, grpo ...")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, help="clips of an update; the preset's by default")
+    parser.add_argument("--n-ddim", type=int, default=10, help="steps of the clips that are judged")
+    parser.add_argument("--tune-ddim", type=int, help="steps of the clips that are tuned on; the preset's by default")
+    parser.add_argument("--every", type=int, default=15, help="updates between two marks")
+    parser.add_argument("--figure", action="store_true", help="the over-optimisation figure")
+    parser.add_argument("--votes", nargs="+", type=int, default=[20, 60, 200, 1000], help="of the figure")
+    parser.add_argument("--anchors", nargs="+", choices=ANCHORS, help="of the figure; all that the algorithm has")
+    parser.add_argument("--data-term", type=float, default=1.0, help="weight of the diffusion loss on real clips")
+    parser.add_argument("--pull", type=float, default=.01, help="weight of the pull to the base (kl)")
+    parser.add_argument("--quick", action="store_true", help="a minute: two tastes, one seed, few of everything")
+    parser.add_argument("--summary", action="store_true", help="only table and picture of what is there")
+    parser.add_argument("--out", type=Path, default=Path("reproduction/feedback"))
+    given = parser.parse_args()
+    given.anchors = given.anchors or [a for a in ANCHORS if "kl" not in a or given.algorithm in PULLS]
+    if any("kl" in a for a in given.anchors) and given.algorithm not in PULLS:
+        raise KitError(f"{given.algorithm} has no pull to the base; expected {' or '.join(PULLS)} for the anchor kl")
+    return quick(given) if given.quick else given
+
+
+def quick(given):
+    "Small enough for a minute, in a place of its own."
+    given.tastes, given.seeds, given.captions, given.held_out = ["warm", "slow"], 1, 6, 4
+    given.steps, given.batch, given.every, given.n_ddim, given.tune_ddim = 4, 2, 2, 4, 4
+    given.pool, given.out = Path("runs/taste-quick/pool"), Path("runs/taste-quick")
+    return given
+
+
+def main():
+    given = arguments()
+    path = given.out/"loop.jsonl"
+    if not given.summary: measure(given, path)
+    rows = lines_of(path)
+    if not rows: raise KitError(f"{path} holds no line yet")
+    found = summary(rows)
+    write_atomic(given.out/"loop.json", json.dumps(found, indent=1))
+    draw_figure(rows, given.out/"loop.png")
+    for row in found: print(row)
+
+
+def measure(given, path):
+    "Run what has no line yet."
+    given.out.mkdir(parents=True, exist_ok=True)
+    world = World(given)
+    there = {key_of(r) for r in lines_of(path)}
+    for job in jobs_of(given):
+        if key_of({**job, "algorithm": given.algorithm, "model": world.policy.name}) in there: continue
+        row = run(world, job)
+        append_line(path, row)
+        told = {k: row[k] for k in ("taste", "direction", "seed", "votes", "anchor", "seconds")}
+        print(told, f"true {row['marks']['true'][-1]:+.2f}, learned {row['marks']['learned'][-1]:+.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    try: main()
+    except KitError as error: raise SystemExit(f"taste_loop: {error}") from None
