@@ -99,6 +99,15 @@ def test_evaluate(home):
     assert "| reward |" in (home/"run/evaluation-d2/comparison.md").read_text()
 
 
+def test_evaluate_without_guidance_has_a_folder_of_its_own(home):
+    "A model that wins with guidance may lose without; the figures must not overwrite one another."
+    (home/"one.txt").write_bytes("\ufeffa red cat\r\n".encode())
+    answer = call("evaluate", home/"run", "--prompts", home/"one.txt", "--steps", 2, "--seeds", 1, "--guidance", 1)
+    assert answer.exit_code == 0, answer.output
+    kept = [json.loads(p.read_text()) for p in (home/"run/evaluation-d2-w1").glob("*.json")]
+    assert any(k.get("settings", {}).get("guidance_scale") == 1 for k in kept)
+
+
 def test_evaluate_without_captions_or_lora(home):
     refused(call("evaluate", home/"run"), "--prompts")
     refused(call("evaluate", home/"nowhere"), "there is no folder", "nowhere")

@@ -64,6 +64,14 @@ def test_shuffled_captions_cost_points(judges, name, capsys):
                      f"{z:.1f} standard errors above other captions")
     assert gain.mean() > 0 and z > 3
 
+@pytest.mark.parametrize("name", ALIGNMENT)
+def test_an_empty_caption_gets_another_score(judges, name):
+    judge, dim = judges[name], ALIGNMENT[name]
+    clips, captions = clips_of(judge, 8, 5)
+    with torch.no_grad(): own, empty = judge(clips, captions), judge(clips, [""] * 8)
+    if dim: own, empty = (x[:, judge.dims.index(dim)] for x in (own, empty))
+    assert (own - empty).abs().amin() > 1e-3
+
 
 # ---- outside the training
 
