@@ -374,3 +374,5 @@ def doctor():
     raise typer.Exit(0 if all(ok for _, ok, _ in checks) else 1)
 
 def main(): app(prog_name="instructvideo-kit")
+
+if __name__ == "__main__" and "__file__" in globals(): main() # python -m instructvideo_kit.cli; a notebook is no file

@@ -1,5 +1,6 @@
 "The command line on tiny random models: what each command writes, and one clear line for bad input."
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,6 +86,12 @@ def test_sample(home):
     assert len(list((home/"drawn").glob("*.mp4"))) == 4
     assert (home/"drawn/strip.png").is_file()
     assert (home/"drawn/01-a-red-cat-seed1.mp4").is_file()
+
+
+def test_the_module_is_the_command():
+    "`python -m instructvideo_kit.cli` where the script is not on the path; it used to do nothing, without a word."
+    done = subprocess.run([sys.executable, "-m", "instructvideo_kit.cli", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Usage: instructvideo-kit" in done.stdout and "evaluate" in done.stdout
 
 
 def test_evaluate(home):

@@ -165,7 +165,7 @@ def test_shapes_and_numbers_keep_the_same(policy):
 
 @pytest.mark.parametrize("options", [dict(), dict(checkpoint_blocks=True), dict(batched_cfg=False), dict(batch=8)])
 def test_a_step_takes_what_was_computed(folder, tmp_path, options):
-    "Every tensor of a whole step counted on the CPU, against shapes alone. Temporaries come on top: a factor below 2."
+    "Every tensor of a whole step counted on the CPU, against shapes alone. A factor of 1.5 at most either way."
     policy = VideoPolicy.from_pretrained(folder)
     judge = ClipReward.from_pretrained(tiny_reward(tmp_path / "reward"))
     clips = [(torch.rand(policy.n_frames, 3, *policy.size), p) for p in PROMPTS]
@@ -175,7 +175,7 @@ def test_a_step_takes_what_was_computed(folder, tmp_path, options):
     def one(): tune("instructvideo", policy, judge, clips, config, tmp_path / "run", progress=False)
     factor = measured_peak(one) / (computed["peak"] - computed["weights"])
     print(f"{options}: measured {factor:.2f} times what was computed")
-    assert .8 < factor < 2
+    assert 1 / 1.5 < factor < 1.5
 
 
 def test_what_memory_grows_with(policy, tmp_path):

@@ -70,7 +70,7 @@ def test_an_empty_caption_gets_another_score(judges, name):
     clips, captions = clips_of(judge, 8, 5)
     with torch.no_grad(): own, empty = judge(clips, captions), judge(clips, [""] * 8)
     if dim: own, empty = (x[:, judge.dims.index(dim)] for x in (own, empty))
-    assert (own - empty).abs().amin() > 1e-3
+    assert (own - empty).abs().amin() > 0 and (own - empty).abs().mean() > .01
 
 
 # ---- outside the training

@@ -213,6 +213,11 @@ def test_a_gradient_that_is_nan_stops_though_the_loss_is_a_number(tmp_path):
     assert torch.equal(weight, torch.zeros(3))
 
 
+def test_every_epoch_is_shuffled_anew():
+    epochs = [tuple(clip_order(range(k*20, (k + 1)*20), 20, seed=0)) for k in range(4)]
+    assert len({*epochs, tuple(range(20))}) == 5 and epochs[0] != tuple(clip_order(range(20), 20, seed=1))
+
+
 def test_two_runs_with_one_seed_are_the_same_bit_for_bit(patch_folder, tmp_path):
     def run(name, **options):
         policy = open_policy(patch_folder)
@@ -307,11 +312,6 @@ def test_streams_of_two_processes_are_disjoint_and_cover_the_batch():
     one, two = list(positions_of(5, 0, 0, 1, config)), [list(positions_of(5, 0, r, 2, config)) for r in (0, 1)]
     assert two[0] + two[1] == one and not set(two[0]) & set(two[1])
     assert sorted(clip_order(range(30, 40), 10, seed=4)) == list(range(10))
-
-
-def test_every_epoch_is_shuffled_anew():
-    epochs = [tuple(clip_order(range(k*20, (k + 1)*20), 20, seed=0)) for k in range(4)]
-    assert len({*epochs, tuple(range(20))}) == 5 and epochs[0] != tuple(clip_order(range(20), 20, seed=1))
     with pytest.raises(KitError, match="multiple of 3"): positions_of(0, 0, 0, 3, config)
 
 
