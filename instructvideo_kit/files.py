@@ -102,7 +102,7 @@ def locate(
 def read_lines(
     path, # text file
 )->list[str]: # its lines, stripped, empty ones left out
-    "Lines of a UTF-8 file, with or without a mark at its start; KitError for another encoding, OSError where it is not."
+    "Lines of a UTF-8 file, without the mark that may stand at its start; KitError for another encoding."
     try: text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError: raise KitError(f'"{path}" is not UTF-8 text; save it as UTF-8') from None
     return [line.strip() for line in text.splitlines() if line.strip()]

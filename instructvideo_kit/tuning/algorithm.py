@@ -29,7 +29,15 @@ from .gradient import backpropagate_reward
 from .process import check_split, make_accelerator, split_frozen, wants_split
 from .rollouts import SampledConfig
 from .run_folder import RunFolder, read_log
-from .stream import clip_order, draw_noise, example_generator, fingerprint, kind_of, positions_of, prompts_of
+from instructvideo_kit.tuning.stream import (
+    clip_order,
+    draw_noise,
+    example_generator,
+    fingerprint,
+    kind_of,
+    positions_of,
+    prompts_of,
+)
 from .trainer import Trainer
 from ..video import film_strip
 

@@ -167,7 +167,8 @@ class Trainer:
         "Clips and noise belong to the step, whoever draws them; dropout belongs to the process."
         now = self.accelerator.num_processes
         if then == now: return
-        made = f"{folder} was made by {then} process{'es' if then > 1 else ''}, now there {'are' if now > 1 else 'is'} {now}"
+        were, are = "processes" if then > 1 else "process", "are" if now > 1 else "is"
+        made = f"{folder} was made by {then} {were}, now there {are} {now}"
         if getattr(self.config, "dropout", False):
             raise KitError(f"{made}: with dropout the steps would be others; start {then} again, or a new run")
         if self.is_main: warnings.warn(f"{made}: same clips, same noise, the same steps up to rounding", stacklevel=2)
