@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from .files import KitError, need, shipped, write_atomic
+from .files import KitError, need, read_lines, shipped, write_atomic
 from .measure.evaluate import evaluate, prompt_noise
 from .measure.report import save_comparison
 from .menagerie.captions import GROUPS, prompts, scenes
@@ -216,7 +216,7 @@ def evaluation_captions(
     policy:VideoPolicy,
 ): # list, or {group: list}
     "Captions of a file; held-out ones of the menagerie without one; KitError where those do not fit."
-    if path: return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path: return read_lines(path)
     need(policy.name == "menagerie", f'the captions to evaluate "{policy.name}" on are not known; '
          "give a text file with one per line: --prompts FILE")
     return held_out()
@@ -230,6 +230,7 @@ def compare_run(
     n_ddim:int=20, # D
     out:Path|None=None, # for the figures
     note:Callable=print, # told when there is no oracle
+    guidance:float|None=None, # scale to draw with; None: the policy's own
 )->tuple: # (comparison, folder)
     "The base policy against the tuned one, from the same noise, by the reward it was tuned with."
     lora, config = find_lora(run)
@@ -243,8 +244,10 @@ def compare_run(
     def whole(frames, texts):
         return clip_scores(judge, frames, texts, dimension)[:, None]
     pair = evaluate_before_after(model, judge if n_segments else whole, captions, lambda: load_lora(model, lora),
-                                 seeds=seeds, n_ddim=n_ddim, n_segments=n_segments or model.n_frames, oracle=oracle)
-    folder = out or (run if run.is_dir() else run.parent)/f"evaluation-d{n_ddim}"
+                                 seeds=seeds, n_ddim=n_ddim, n_segments=n_segments or model.n_frames, oracle=oracle,
+                                 guidance_scale=guidance)
+    name = f"evaluation-d{n_ddim}" + ("" if guidance is None else f"-w{guidance:g}")
+    folder = out or (run if run.is_dir() else run.parent)/name
     return save_comparison(folder, *pair), folder
 
 # %% ../nbs/93_app.ipynb #ca9a000e

@@ -213,6 +213,8 @@ def evaluate(
     steps: Steps = 20,
     out: Annotated[Path | None, typer.Option(
         help="Folder for the figures; default: evaluation-d20 in the run.")] = None,
+    guidance: Annotated[float | None, typer.Option(
+        help="Guidance scale; the policy's own by default. A tuned model should win with guidance and at 1.")] = None,
 ):
     "Compare the base policy with the tuned one, from the same noise, by the reward it was tuned with."
     if not run.exists():
@@ -222,7 +224,8 @@ def evaluate(
     from instructvideo_kit.measure.report import verdict
     def note(text):
         return typer.echo(text, err=True)
-    comparison, folder = compare_run(run, policy, reward, prompts, range(seed, seed + seeds), steps, out, note)
+    seeds_used = range(seed, seed + seeds)
+    comparison, folder = compare_run(run, policy, reward, prompts, seeds_used, steps, out, note, guidance)
     typer.echo("\n".join([str(comparison), "", *verdict(comparison), f"saved in {folder}"]))
 
 # %% ../nbs/95_cli.ipynb #feff3c36
@@ -376,3 +379,5 @@ def doctor():
     raise typer.Exit(0 if all(ok for _, ok, _ in checks) else 1)
 
 def main(): app(prog_name="instructvideo-kit")
+
+if __name__ == "__main__" and "__file__" in globals(): main() # python -m instructvideo_kit.cli; a notebook is no file

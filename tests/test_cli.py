@@ -1,5 +1,6 @@
 "The command line on tiny random models: what each command writes, and one clear line for bad input."
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -87,6 +88,12 @@ def test_sample(home):
     assert (home/"drawn/01-a-red-cat-seed1.mp4").is_file()
 
 
+def test_the_module_is_the_command():
+    "`python -m instructvideo_kit.cli` where the script is not on the path; it used to do nothing, without a word."
+    done = subprocess.run([sys.executable, "-m", "instructvideo_kit.cli", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Usage: instructvideo-kit" in done.stdout and "evaluate" in done.stdout
+
+
 def test_evaluate(home):
     (home/"captions.txt").write_text("a red cat\n\nthe bird flies\n")
     answer = call("evaluate", home/"run", "--prompts", home/"captions.txt", "--steps", 2, "--seeds", 1)
@@ -97,6 +104,15 @@ def test_evaluate(home):
     assert found["rows"][0]["prompts"] == 2
     assert found["rows"][0]["difference"] != 0
     assert "| reward |" in (home/"run/evaluation-d2/comparison.md").read_text()
+
+
+def test_evaluate_without_guidance_has_a_folder_of_its_own(home):
+    "A model that wins with guidance may lose without; the figures must not overwrite one another."
+    (home/"one.txt").write_bytes("\ufeffa red cat\r\n".encode())
+    answer = call("evaluate", home/"run", "--prompts", home/"one.txt", "--steps", 2, "--seeds", 1, "--guidance", 1)
+    assert answer.exit_code == 0, answer.output
+    kept = [json.loads(p.read_text()) for p in (home/"run/evaluation-d2-w1").glob("*.json")]
+    assert any(k.get("settings", {}).get("guidance_scale") == 1 for k in kept)
 
 
 def test_evaluate_without_captions_or_lora(home):

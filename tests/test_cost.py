@@ -18,7 +18,13 @@ from instructvideo_kit.reward.clip import ClipReward
 from instructvideo_kit.tuning.algorithm import tune
 from instructvideo_kit.tuning.cache import DiskCache
 from instructvideo_kit.tuning.instructvideo import InstructVideo, InstructVideoConfig, edit
-from instructvideo_kit.tuning.memory import MEMORY_PRESETS, check_memory, step_memory, with_memory_preset
+from instructvideo_kit.tuning.memory import (
+    MEMORY_PRESETS,
+    check_memory,
+    measured_peak,
+    step_memory,
+    with_memory_preset,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_pipeline, tiny_reward  # noqa: E402
@@ -155,6 +161,21 @@ def test_shapes_and_numbers_keep_the_same(policy):
     numbers = saved_bytes(lambda: edit(policy, z, eps, PROMPTS, replace(CONFIG, tau=.2, guidance_scale=3.)),
                           policy.network.parameters()) / 2 ** 20
     assert shapes == pytest.approx(numbers, rel=.15)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(checkpoint_blocks=True), dict(batched_cfg=False), dict(batch=8)])
+def test_a_step_takes_what_was_computed(folder, tmp_path, options):
+    "Every tensor of a whole step counted on the CPU, against shapes alone. A factor of 1.5 at most either way."
+    policy = VideoPolicy.from_pretrained(folder)
+    judge = ClipReward.from_pretrained(tiny_reward(tmp_path / "reward"))
+    clips = [(torch.rand(policy.n_frames, 3, *policy.size), p) for p in PROMPTS]
+    config = replace(CONFIG, **dict(batch=4, steps=1, guidance_scale=3.) | options)
+    policy.embed([*PROMPTS, ""])
+    computed = step_memory(policy, judge, config)
+    def one(): tune("instructvideo", policy, judge, clips, config, tmp_path / "run", progress=False)
+    factor = measured_peak(one) / (computed["peak"] - computed["weights"])
+    print(f"{options}: measured {factor:.2f} times what was computed")
+    assert 1 / 1.5 < factor < 1.5
 
 
 def test_what_memory_grows_with(policy, tmp_path):

@@ -1,9 +1,11 @@
 "Two processes are one: the same gradient, disjoint data, split weights, a run that loses a process. No GPU."
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,8 @@ from tiny import tiny_pipeline  # noqa: E402
 CONFIG = InstructVideoConfig(**{**SMALL, "batch": 8, "guidance_scale": 3., "augment_shift": 1, "augment_noise": .1,
                                 "offset_noise": .1, "save_every": 1})
 SPLIT = replace(CONFIG, steps=2, merge_lora=False, checkpoint_blocks=True)
+BEGUN = {"grown": replace(CONFIG, steps=2), "odd": replace(CONFIG, steps=2, batch=3),
+         "dropout": replace(CONFIG, steps=2, dropout=True)}
 DRAWN = RWRConfig(n_ddim=2, guidance_scale=1., batch=8, rank=2, lr=1e-2, steps=2, save_every=2, n_samples=8, epochs=2,
                   inverse_temperature=5.)
 
@@ -57,6 +61,22 @@ def split_and_count(policy, accelerator, out, split=start.split_frozen):
     (out/f"kept-{accelerator.process_index}.txt").write_text(f"{kept/before}")
 
 
+def begin(home, name, folder):
+    "One process makes the first step of a run that two are to go on with."
+    clips = some_clips(open_policy(folder))
+    record("instructvideo", clips, BEGUN[name], folder, home/name, stop_after=1)
+
+
+def go_on(name, clips, folder, out, rank):
+    "Two processes go on with what one began; what they are told goes into a file."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try: record("instructvideo", clips, BEGUN[name], folder, out/name, resume=True)
+        except KitError as error: told = [str(error)]
+        else: told = [str(w.message) for w in caught]
+    (out/f"{name}-{rank}.json").write_text(json.dumps(told))
+
+
 def worker(folder, out):
     "What each of the two processes does. Rank 1 does not survive the third step of the last run."
     torch.set_num_threads(1)
@@ -67,6 +87,7 @@ def worker(folder, out):
     start.wants_split, start.split_frozen = lambda accelerator: True, partial(split_and_count, out=out)
     keep("split", "instructvideo", clips, SPLIT)
     start.wants_split = lambda accelerator: False
+    for name in ("grown", "odd", "dropout"): go_on(name, clips, folder, out, rank)
     def judge(frames, prompts):
         if rank == 1 and len(read_log(out/"lost")) == 2: os.kill(os.getpid(), signal.SIGKILL)
         return redness(frames, prompts)
@@ -80,11 +101,12 @@ def two(tmp_path_factory):
     home = tmp_path_factory.mktemp("two")
     folder = tiny_pipeline(home/"policy", prediction_type="v_prediction", vae="patch")
     with socket.create_server(("127.0.0.1", 0)) as s: port = s.getsockname()[1]
+    for name in BEGUN: begin(home, name, folder)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
                "--master_port", str(port), str(HERE/"test_distributed.py"), str(folder), str(home)]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
            "CUDA_VISIBLE_DEVICES": ""} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 1 and "SIGKILL" in done.stderr and (home/"split-1.pt").exists(), done.stderr[-3000:]
     return folder, home
 
@@ -119,10 +141,34 @@ def test_a_run_that_lost_a_process_goes_on_with_one(two):
     folder, home = two
     assert [p.name for p in RunFolder(home/"lost").checkpoints()] == ["step-000001",
         "step-000002"] and len(read_log(home/"lost")) == 2
-    rest = record("instructvideo", some_clips(open_policy(folder)), CONFIG, folder, home/"lost", resume=True)
+    with pytest.warns(UserWarning, match="made by 2 processes, now there is 1: same clips, same noise, the same steps"):
+        rest = record("instructvideo", some_clips(open_policy(folder)), CONFIG, folder, home/"lost", resume=True)
     assert rest["seen"] == list(range(2*8, 4*8)) # from step 3, the one it was lost in
     assert [r["loss"] for r in read_log(home/"lost")] == pytest.approx([r["loss"] for r in read_log(home/"run")],
         rel=1e-4)
+
+
+def told(home, name):
+    "What both processes were told, together."
+    return [line for rank in (0, 1) for line in json.loads((home/f"{name}-{rank}.json").read_text())]
+
+
+def test_two_processes_go_on_exactly_with_what_one_began_and_say_so(two):
+    _, home = two
+    assert [line for line in told(home, "grown") if "the same steps up to rounding" in line] == [
+        f"{home/'grown'/'checkpoints'/'step-000001'} was made by 1 process, now there are 2: same clips, same noise, "
+        "the same steps up to rounding"] # the first process says it, once
+    want = [r["loss"] for r in read_log(home/"run")[:2]]
+    assert [r["loss"] for r in read_log(home/"grown")] == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("name, says", [("odd", "batch is 3, expected a multiple of 2 processes x 1 micro-batches"),
+                                        ("dropout", "with dropout the steps would be others; start 1 again")])
+def test_what_another_number_of_processes_would_change_is_refused(two, name, says):
+    _, home = two
+    lines = told(home, name)
+    assert len(lines) == 2 and all(says in line for line in lines)
+    assert len(read_log(home/name)) == 1 # what was there is still there
 
 
 def test_each_process_keeps_half_of_the_frozen_weights(two):

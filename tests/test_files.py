@@ -4,7 +4,7 @@ import os
 import pytest
 
 from instructvideo_kit import files
-from instructvideo_kit.files import KitError, atomic, locate, near, shipped, write_atomic
+from instructvideo_kit.files import KitError, atomic, locate, near, read_lines, shipped, write_atomic
 
 
 @pytest.fixture
@@ -70,3 +70,13 @@ def test_near_lists_no_more_than_twenty(): assert near("q", map(str, range(100, 
 def test_near_is_case_blind_and_lists():
     assert near("MENAGERIE", ["menagerie"]) == 'did you mean "menagerie"?'
     assert near("q", ["b", "a"]) == 'there is "a", "b"'
+
+CAPTIONS = ["a red cat", "一只红色的猫", "🦊 in the snow", "قطة حمراء تمشي"]
+
+@pytest.mark.parametrize("mark, end", [("", "\n"), ("\ufeff", "\r\n"), ("\ufeff", "\n\n")])
+def test_captions_from_any_editor_and_in_any_script_are_read(tmp_path, mark, end):
+    path = tmp_path/"captions.txt"
+    path.write_bytes((mark + end.join(CAPTIONS) + end).encode())
+    assert read_lines(path) == CAPTIONS
+    path.write_bytes("Füchse".encode("latin-1"))
+    with pytest.raises(KitError, match="is not UTF-8 text; save it as UTF-8"): read_lines(path)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny import SIZE, tiny_pipeline
 
+from instructvideo_kit.menagerie import image_to_video
+from instructvideo_kit.menagerie.models import new_unet, open_parts
 from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.policy.first_frame import FirstFramePolicy, FirstFrameUNet3DModel, widened
 from instructvideo_kit.policy.lora import add_lora, merge_lora
@@ -38,6 +40,23 @@ def test_widening_leaves_the_dropout(t2v):
     t2v.unet.mid_block.resnets[0].dropout.p = .25
     try: assert widened(t2v.unet).mid_block.resnets[0].dropout.p == .25
     finally: t2v.unet.mid_block.resnets[0].dropout.p = 0.
+
+def rates(network):
+    "The dropout rates of a network, without repetition."
+    return {m.p for m in network.modules() if isinstance(m, torch.nn.Dropout)}
+
+def test_networks_are_trained_on_without_dropout_when_they_are_opened_again(tmp_path, monkeypatch):
+    "diffusers writes .1 into the temporal layers whatever was saved; two calls in training must still agree."
+    folder = tiny_pipeline(tmp_path / "start", "v_prediction", "patch")
+    assert .1 in rates(VideoPolicy.from_pretrained(folder).unet), "diffusers has changed: the helper may go"
+    opened = open_parts(folder)[0]["unet"]
+    handed = {}
+    monkeypatch.setattr(image_to_video, "train_phase", lambda phase, out, modules, *args: handed.update(modules))
+    image_to_video.train_image_to_video(tmp_path / "i2v", start=folder)
+    fresh = new_unet(4, (8, 16), 16)
+    assert rates(opened) == rates(handed["unet"]) == rates(fresh) == {0.}
+    z, text = torch.randn(1, 4, 8, 4, 4), torch.randn(1, 3, 16)
+    assert opened.training and torch.equal(opened(z, 500, text).sample, opened(z, 500, text).sample)
 
 def test_the_picture_makes_a_difference(looking):
     def draw(image):

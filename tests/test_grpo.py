@@ -125,6 +125,12 @@ def test_ratio_is_one_before_the_first_update(folder, kind, sde):
     assert gradient(policy).isfinite().all() and gradient(policy).norm() > 0
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_ratio_is_one_whatever_the_roll_outs_batch(folder, at_once):
+    algorithm = made(open_policy(folder, .1), GRPOConfig(**SMALL | dict(guidance_scale=3.), samples_at_once=at_once))
+    assert algorithm.step(range(4))["ratio_off"] < 1e-6
+
+
 def test_ddpo_is_on_policy_too_and_leaves_the_last_step(folder):
     policy = open_policy(folder, .1)
     algorithm = made(policy, DDPOConfig(n_ddim=4, guidance_scale=1., batch=3, rank=2, min_count=2), Algorithm=DDPO)

@@ -363,6 +363,7 @@ def test_the_judge_of_64_pixels_is_saved_with_its_sizes_and_read_back(tmp_path):
     judge = ClipReward.from_pretrained(tmp_path)
     assert json.loads((tmp_path / "kit.json").read_text())["frame_size"] == frame_size(judge.model.config) == 64
     assert (judge.size, judge.model.config.vision_config.patch_size) == PICTURE[64]
+    assert judge.trained == {"size": [64, 64]}
     assert set(judge_accuracy(judge, n=4)) == {"blur", "noise", "dull", "watermark", "wrong caption"}
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from instructvideo_kit.menagerie.captions import scenes
 from instructvideo_kit.menagerie.defects import render
+from instructvideo_kit.menagerie.judge import frame_size
 from instructvideo_kit.menagerie.oracle import Oracle
 from instructvideo_kit.reward.base import check_trained
 from instructvideo_kit.reward.clip import AestheticReward, ClipReward
@@ -65,6 +66,14 @@ def test_shuffled_captions_cost_points(judges, name, capsys):
                      f"{z:.1f} standard errors above other captions")
     assert gain.mean() > 0 and z > 3
 
+@pytest.mark.parametrize("name", ALIGNMENT)
+def test_an_empty_caption_gets_another_score(judges, name):
+    judge, dim = judges[name], ALIGNMENT[name]
+    clips, captions = clips_of(judge, 8, 5)
+    with torch.no_grad(): own, empty = judge(clips, captions), judge(clips, [""] * 8)
+    if dim: own, empty = (x[:, judge.dims.index(dim)] for x in (own, empty))
+    assert (own - empty).abs().amin() > 0 and (own - empty).abs().mean() > .01
+
 
 # ---- outside the training
 
@@ -94,6 +103,18 @@ def test_a_video_judge_says_sizes_frames_and_rate(tmp_path):
     assert caught_by(lambda: judge(clip, ["a cat"], fps=8)) == caught_by(lambda: judge(clip, ["a cat"])) == []
     said = caught_by(lambda: judge(clip[:, :2], ["a cat"], fps=30))
     assert [line.split(",")[0] for line in said] == ["small was trained on frames 4 to 6", "small was trained on fps 8"]
+
+@pytest.mark.parametrize("name, known", [("image", {"size"}), ("video", {"size", "frames", "fps"})])
+def test_the_shipped_judges_say_what_they_were_trained_on(judges, name, known):
+    judge = judges[name]
+    clip, captions = clips_of(judge, 1, 1)
+    side = frame_size(judge.model.config)
+    assert judge.trained.keys() == known and judge.trained["size"] == [side, side]
+    twice = clip.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    with torch.no_grad():
+        assert caught_by(lambda: judge(clip, captions)) == []
+        assert caught_by(lambda: judge(twice, captions)) == [f"menagerie was trained on size {side}, this clip has "
+                                                            f"{2 * side}: its scores are guesses here"]
 
 def test_a_judge_without_a_range_says_nothing(tmp_path):
     judge = ClipReward.from_pretrained(tiny_reward(tmp_path))

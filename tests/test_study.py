@@ -101,6 +101,16 @@ def test_a_page_goes_on_where_it_was_closed(folder):
     assert "done" in again.voting.pair["question"] and again.voting.pair["clips"] == []
 
 
+def test_captions_and_names_in_any_script_go_through_the_study(tmp_path):
+    said = ["一只红色的猫", "🦊 in the snow", "قطة حمراء تمشي"]
+    clips = torch.rand(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    folder = st.make_study(tmp_path/"猫 study", {"ours": clips, "base": clips*.5}, said)
+    answer_all(folder, "أمل 🐈", lambda pair, key: "ours")
+    assert sorted(pair["caption"] for pair, _ in st.order_for(st.open_study(folder), "أمل 🐈")) == sorted(said)
+    votes = st.read_votes(folder)
+    assert len(votes) == 6 and {v["caption"] if "caption" in v else v["captions"][0] for v in votes} == set(said)
+
+
 def test_the_page_shows_the_clips_on_the_sides_that_are_counted(folder):
     page = st.StudyPage(folder, "Emmy")
     key = json.loads((folder/"key.json").read_text())["pairs"]

@@ -12,7 +12,7 @@ import yaml
 
 from instructvideo_kit.files import KitError, shipped
 from instructvideo_kit.policy import VideoPolicy
-from instructvideo_kit.policy.lora import add_lora, lora_parameters, read_lora
+from instructvideo_kit.policy.lora import add_lora, load_lora, lora_parameters, read_lora
 from instructvideo_kit.reward.segvr import segment_frames
 from instructvideo_kit.tuning.algorithm import tune as tune_with
 from instructvideo_kit.tuning.config import HEADER, TrainerConfig, load_preset
@@ -21,6 +21,7 @@ from instructvideo_kit.tuning.instructvideo import InstructVideo, InstructVideoC
 from instructvideo_kit.tuning.process import make_accelerator
 from instructvideo_kit.tuning.run_folder import RunFolder, complete, read_log
 from instructvideo_kit.tuning.stream import clip_order, draw_noise, example_generator, positions_of
+from instructvideo_kit.tuning.trainer import Trainer
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -197,6 +198,47 @@ def test_nan_reward_stops_with_one_line_and_keeps_the_checkpoint(patch_folder, t
         policy = open_policy(patch_folder)
         tune(policy, breaks, some_clips(policy), InstructVideoConfig(**SMALL), tmp_path/"run", progress=False)
     assert all(p.isfinite().all() for p in lora_parameters(policy)) and len(read_log(tmp_path/"run")) == 3
+
+
+def test_a_gradient_that_is_nan_stops_though_the_loss_is_a_number(tmp_path):
+    weight = torch.nn.Parameter(torch.zeros(3)) # the root of 0 is 0, its slope is not
+    config = InstructVideoConfig(**SMALL)
+    def step(positions):
+        loss = (weight*0).sqrt().sum()
+        loss.backward()
+        return {"loss": loss.item()}
+    trainer = Trainer(config, RunFolder.open(tmp_path/"run", config), [weight], lambda folder: None, None)
+    with pytest.raises(KitError, match="step 1: grad_norm is not finite, stopped before the weights moved"):
+        trainer.fit(step)
+    assert torch.equal(weight, torch.zeros(3))
+
+
+def test_every_epoch_is_shuffled_anew():
+    epochs = [tuple(clip_order(range(k*20, (k + 1)*20), 20, seed=0)) for k in range(4)]
+    assert len({*epochs, tuple(range(20))}) == 5 and epochs[0] != tuple(clip_order(range(20), 20, seed=1))
+
+
+def test_two_runs_with_one_seed_are_the_same_bit_for_bit(patch_folder, tmp_path):
+    def run(name, **options):
+        policy = open_policy(patch_folder)
+        config = InstructVideoConfig(**SMALL | dict(steps=2, augment_noise=.1) | options)
+        rows = tune(policy, redness, some_clips(policy), config, tmp_path/name, progress=False).rows()
+        return torch.cat([p.detach().flatten() for p in lora_parameters(policy)]), [r["loss"] for r in rows]
+    (weights, losses), (again, same), (other, _) = run("a"), run("b"), run("c", seed=1)
+    assert torch.equal(weights, again) and losses == same
+    assert not torch.equal(weights, other)
+
+
+def test_a_lora_draws_at_another_size_than_it_was_tuned_at(patch_folder, tmp_path):
+    small = open_policy(patch_folder)
+    tuned = tune(small, redness, some_clips(small), InstructVideoConfig(**SMALL | dict(steps=2)), tmp_path/"run",
+                 progress=False)
+    twice = tuple(2*side for side in small.size)
+    base, large = (VideoPolicy.from_pretrained(patch_folder, size=twice) for _ in range(2))
+    load_lora(large, tuned.lora)
+    clips = [policy.generate(["a red cat"], n_ddim=2, seed=0) for policy in (base, large)]
+    assert clips[1].shape[-2:] == twice and clips[1].isfinite().all()
+    assert (clips[1] - clips[0]).abs().max() > 1e-4 # it does something there, too
 
 
 @pytest.mark.parametrize("reward, says", [

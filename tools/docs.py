@@ -159,14 +159,19 @@ def teaching():
     return [{p.stem.replace("_", " "): write(f"instructor/{p.name}", p.read_text(encoding="utf-8"))} for p in found]
 
 
+def from_docs():
+    "The pages of the folder docs, as they are; they may point to one another."
+    titles = {"symbols": "Symbols", "coming_from_trl": "Coming from TRL", "users_reports": "Users' reports"}
+    texts = {name: (ROOT/f"docs/{name}.md").read_text(encoding="utf-8") for name in titles}
+    return [{title: write(f"{name}.md", texts[name])} for name, title in titles.items()]
+
+
 def pages():
     "Write all pages; the navigation."
     shutil.rmtree(PAGES, ignore_errors=True)
-    symbols, coming = ((ROOT/f"docs/{name}.md").read_text(encoding="utf-8") for name in ("symbols", "coming_from_trl"))
     nav = [
         {"Home": write("index.md", page_of("README.md"))}, {"Tutorials": tutorials()},
-        {"Symbols": write("symbols.md", symbols)}, {"Coming from TRL": write("coming_from_trl.md", coming)},
-        {"API": api()}, {"Teaching": teaching()}]
+        *from_docs(), {"API": api()}, {"Teaching": teaching()}]
     board = "reproduction/README.md"
     return nav + [{"Scoreboard": write("scoreboard.md", page_of(board))}] if (ROOT/board).is_file() else nav
 

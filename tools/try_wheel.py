@@ -18,7 +18,7 @@ COMMANDS = (
     ("tune", "--data", "menagerie", "--steps", "1", "--out", "runs/mine"),
     ("demo", "--quick"))
 WRITTEN = ("course/tutorials/student/01_start_here.ipynb", "course/tutorials/logs/README.md", "runs/cheetah/strip.png",
-           "runs/demo/report.html")
+           "runs/mine/lora/pytorch_lora_weights.safetensors", "runs/demo/report.html")
 
 
 def bare():

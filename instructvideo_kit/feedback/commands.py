@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ..files import KitError, write_atomic
+from ..files import KitError, read_lines, write_atomic
 
 # %% ../../nbs/feedback/90_commands.ipynb #bd6654cd
 TASTE_NAMES = ("warm", "large", "night", "slow", "contrary") # as in `raters`, which is heavy to import
@@ -37,10 +37,8 @@ def read_captions_file(
     path, # text file, one caption per line
 )->list:
     "Captions of a file; KitError when there is none in it."
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise KitError(f'--captions "{path}" cannot be read: {error}') from None
-    captions = [line.strip() for line in lines if line.strip()]
+    try: captions = read_lines(path)
+    except (OSError, KitError) as error: raise KitError(f'--captions "{path}" cannot be read: {error}') from None
     if not captions: raise KitError(f'--captions "{path}" holds no caption; write one per line')
     return captions
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .models import new_scheduler, train_phase
+from .models import new_scheduler, train_phase, without_dropout
 from ..policy.base import VideoPolicy
 from ..policy.first_frame import FirstFramePolicy, widened
 
@@ -24,7 +24,7 @@ def train_image_to_video(
     "Train the image-to-video policy from a text-to-video one (resumable at any point)."
     torch.manual_seed(seed)
     base = VideoPolicy.from_pretrained(start)
-    unet = base.unet if isinstance(base, FirstFramePolicy) else widened(base.unet)
+    unet = without_dropout(base.unet if isinstance(base, FirstFramePolicy) else widened(base.unet))
     train_phase("first_frame", Path(folder)/"first_frame",
                 dict(unet=unet.train().requires_grad_(True), text_encoder=base.text_encoder), base.vae, base.tokenizer,
                 steps, seed)

@@ -175,7 +175,8 @@ def save_judge(
     "Write the judge as a transformers directory that `ClipReward.from_pretrained` opens."
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    kit = dict(name="menagerie", preprocess="hpsv2", scale=1.0, frame_size=frame_size(model.config))
+    side = frame_size(model.config)
+    kit = dict(name="menagerie", preprocess="hpsv2", scale=1.0, frame_size=side, trained=dict(size=[side, side]))
     write_atomic(Path(folder) / "kit.json", json.dumps(kit, indent=1))
 
 # %% ../../nbs/menagerie/09_judge.ipynb #e6d1cbb2

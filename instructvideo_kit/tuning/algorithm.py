@@ -29,7 +29,15 @@ from .gradient import backpropagate_reward
 from .process import check_split, make_accelerator, split_frozen, wants_split
 from .rollouts import SampledConfig
 from .run_folder import RunFolder, read_log
-from .stream import clip_order, draw_noise, example_generator, fingerprint, kind_of, prompts_of
+from instructvideo_kit.tuning.stream import (
+    clip_order,
+    draw_noise,
+    example_generator,
+    fingerprint,
+    kind_of,
+    positions_of,
+    prompts_of,
+)
 from .trainer import Trainer
 from ..video import film_strip
 
@@ -276,6 +284,7 @@ def tune(
     need(stop_after is None or stop_after >= 1, f"stop_after is {stop_after}, expected 1 step or more")
     prompts = check_start(Found, policy, reward, data, config)
     accelerator = make_accelerator(config, policy.device, run_dir)
+    positions_of(0, 0, 0, accelerator.num_processes, config) # a batch that cannot be shared out is refused here
     split = wants_split(accelerator)
     if split: check_split(config)
     for part in (policy, reward):

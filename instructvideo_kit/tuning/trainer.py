@@ -154,12 +154,24 @@ class Trainer:
         if state["kit"] != __version__:
             made = f"{folder} was made by version {state['kit']}, this is {__version__}"
             warnings.warn(f"{made}: steps may differ", stacklevel=2)
+        states = read("random.pt") # one of each process
+        self._check_processes(len(states), folder)
         self.load_weights(folder)
         self.optimizer.load_state_dict(read("optimizer.pt"))
-        self.step, states = state["step"], read("random.pt")
+        self.step = state["step"]
         if self.accelerator.process_index < len(states): set_random_states(states[self.accelerator.process_index])
         if self.accelerator.scaler is not None: self.accelerator.scaler.load_state_dict(read("scaler.pt"))
         self.tell("load", folder)
+
+    def _check_processes(self, then, folder):
+        "Clips and noise belong to the step, whoever draws them; dropout belongs to the process."
+        now = self.accelerator.num_processes
+        if then == now: return
+        were, are = "processes" if then > 1 else "process", "are" if now > 1 else "is"
+        made = f"{folder} was made by {then} {were}, now there {are} {now}"
+        if getattr(self.config, "dropout", False):
+            raise KitError(f"{made}: with dropout the steps would be others; start {then} again, or a new run")
+        if self.is_main: warnings.warn(f"{made}: same clips, same noise, the same steps up to rounding", stacklevel=2)
 
     def fit(
         self,
