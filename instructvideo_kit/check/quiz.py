@@ -163,9 +163,12 @@ QUIZZES = {
         Question(
             "a",
             {
-                "a": "both inner segments then get 49 %: half a frame moves a quarter of the gradient",
-                "b": "that is with the centre on frame 8, which lies in the third segment",
-                "c": "that is without attenuation",
+                "a": (
+                    "with f = 1 the update of a difference is minus the difference: each step multiplies it by"
+                    " 1 - eta b / F"
+                ),
+                "b": "only the shared part of the update does; each frame's own part pulls it to one picture",
+                "c": "that is with attenuated weights; equal weights act on all pairs of frames alike",
             },
         ),
     ),
