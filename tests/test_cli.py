@@ -203,7 +203,8 @@ def test_menagerie_train(tmp_path, monkeypatch):
         asked.update(options)
         return oracle.OracleNet()
     monkeypatch.setattr(oracle, "train_oracle", train_oracle)
-    monkeypatch.setattr(cli, "HERE", tmp_path/"package")
+    (tmp_path/"package/weights").mkdir(parents=True)
+    monkeypatch.setenv("INSTRUCTVIDEO_KIT_WEIGHTS", str(tmp_path/"package/weights")) # not the package's own
     answer = call("menagerie", "train", "--part", "oracle", "--out", tmp_path/"o", "--steps", 3, "--ship")
     assert answer.exit_code == 0, answer.output
     assert asked == {"seed": 0, "steps": 3}

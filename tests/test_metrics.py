@@ -213,7 +213,7 @@ def test_mrr_lies_where_its_recalls_allow():
 class Painter:
     "A policy that paints the mean of its noise: fast, and different for each prompt and seed."
     latent_shape = (2, 8, 2, 2)
-    def generate(self, prompts, n_ddim, guidance_scale=None, noise=None, batch=8):
+    def generate(self, prompts, n_ddim, guidance_scale=None, noise=None, batch=8, solver="ddim"):
         return noise.mean((1, 3, 4))[:, :, None, None, None].sigmoid().expand(-1, -1, 3, 4, 4)
 
 

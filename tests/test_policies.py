@@ -392,7 +392,7 @@ def test_lora_of_another_network_is_refused(opened, tmp_path):
     wan, modelscope = copied(opened["wan"]), copied(opened["modelscope"])
     add_lora(wan, rank=2)
     save_lora(wan, tmp_path)
-    with pytest.raises(KitError, match="named unet"): load_lora(modelscope, tmp_path)
+    with pytest.raises(KitError, match="belongs to another model"): load_lora(modelscope, tmp_path)
 
 
 # ---- bad input
