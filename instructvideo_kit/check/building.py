@@ -87,7 +87,7 @@ def guided_draw(
              for i, (steps, w) in enumerate(zip(chains, (4., 1., 2.)))]
     return judge(fn, _drawn, cases, GUIDED_DRAW, "This loop is what `policy.generate` does.")
 
-# %% ../../nbs/check/06_building.ipynb #766b0917
+# %% ../../nbs/check/06_building.ipynb #629b05fb
 def _scores(draw, reward, captions, seeds, S, frames=None, shift=0):
     "(captions, seeds) mean score of the chosen frames."
     rows = []
@@ -147,7 +147,7 @@ def _toy_draw(after):
     def draw(caption, seed):
         clip = _normal(10, 3, 2, 2, seed=7*seed + len(caption))
         better = 0. if caption == "a bee" else after*(len(caption) - 5)/6
-        return clip + better*(1 + _normal(10, 1, 1, 1, seed=seed + 40))
+        return clip + better*(1 + 3*_normal(10, 1, 1, 1, seed=11*seed + len(caption)))
     return draw
 
 def _toy_reward(frames, captions): return frames.mean((2, 3, 4)) + len(captions[0])/50
@@ -204,7 +204,7 @@ def one_noise(
              (torch.linspace(.02, .3, 12), _normal(12, 5, seed=2))]
     return judge(fn, _one_noise, cases, ONE_NOISE, "With it, the jump lands exactly where the walk ended.")
 
-# %% ../../nbs/check/06_building.ipynb #ddcef332
+# %% ../../nbs/check/06_building.ipynb #592082c1
 def _part(fn, i):
     "One of the three functions that an answer returns, as a function of the betas too."
     if not callable(fn): return fn
@@ -223,8 +223,6 @@ def _clean_by(read, of=_a): return lambda betas, z_t, eps, t: read(z_t, eps, of(
 
 def _early(betas, t): return float(torch.cumprod(1 - betas.double(), 0)[t - 1])
 
-def _summed_betas(betas, t): return float(1 - betas.double().cumsum(0)[t])
-
 SCHEDULE_CORRUPT = [
     Mistake(_corrupt_by(lambda z, e, a: a*z + (1 - a)*e),
             "shares of variance used as amplitudes: take the square root of both"),
@@ -232,7 +230,6 @@ SCHEDULE_CORRUPT = [
             "the two amplitudes add up to 1; their squares should"),
     Mistake(_corrupt_by(lambda z, e, a: (1 - a)**.5*z + a**.5*e), "clip and noise are swapped"),
     Mistake(_corrupt_by(corrupt, _early), "one entry too early: alpha_bar[t] is the product of entries 0 to t"),
-    Mistake(_corrupt_by(corrupt, _summed_betas), "you added the betas up; the shares 1 - beta are multiplied"),
     Mistake(_corrupt_by(corrupt, lambda b, t: 1 - float(b[t])),
             "this is one step of the walk; alpha_bar is the product over all steps up to t"),
 ]
@@ -468,7 +465,7 @@ def attack(
     praise = "No pixel moves by more than n * rate, and yet the judge changes its mind."
     return judge(_joined(fn), _joined(_climbed), cases, mistakes, praise)
 
-# %% ../../nbs/check/06_building.ipynb #78dfbf54
+# %% ../../nbs/check/06_building.ipynb #7728f75b
 WORDS = {"worse": -1, "cannot tell": 0, "better": 1} # of a report, as numbers
 
 def _interval(change, draws, level=.95):
@@ -524,7 +521,9 @@ REPORT = [
 def _figures(shifts, seed):
     "Before and after of three figures for twelve captions, moved by given shifts."
     before = {name: _normal(12, seed=seed + i) for i, name in enumerate(shifts)}
-    after = {name: x + shifts[name] + .3*_normal(12, seed=seed + 9) for name, x in before.items()}
+    noise = _normal(12, seed=seed + 9)
+    noise = .3*(noise - noise.mean())/noise.std()
+    after = {name: x + shifts[name] + noise for name, x in before.items()}
     return before, after
 
 def report(
@@ -533,7 +532,7 @@ def report(
     "Exercise: a word for each figure from a paired bootstrap, and whether the pattern is that of a hacked reward."
     better = {"reward": 1, "subject": 1, "flicker": -1}
     draws = torch.randint(12, (400, 12), generator=torch.Generator().manual_seed(0))
-    moved = [dict(reward=1., subject=-.6, flicker=.02), dict(reward=1., subject=.05, flicker=-.5),
+    moved = [dict(reward=1., subject=-.6, flicker=.02), dict(reward=1., subject=.1, flicker=-.5),
              dict(reward=-1., subject=-.8, flicker=.5), dict(reward=.9, subject=.02, flicker=.6)]
     cases = [(*_figures(shifts, seed), better, draws) for seed, shifts in zip((0, 20, 40, 60), moved)]
     mistakes = [Mistake(_said(m.answer), m.message) for m in REPORT]
