@@ -465,7 +465,7 @@ def attack(
     praise = "No pixel moves by more than n * rate, and yet the judge changes its mind."
     return judge(_joined(fn), _joined(_climbed), cases, mistakes, praise)
 
-# %% ../../nbs/check/06_building.ipynb #7728f75b
+# %% ../../nbs/check/06_building.ipynb #c7bb290d
 WORDS = {"worse": -1, "cannot tell": 0, "better": 1} # of a report, as numbers
 
 def _interval(change, draws, level=.95):
@@ -532,7 +532,7 @@ def report(
     "Exercise: a word for each figure from a paired bootstrap, and whether the pattern is that of a hacked reward."
     better = {"reward": 1, "subject": 1, "flicker": -1}
     draws = torch.randint(12, (400, 12), generator=torch.Generator().manual_seed(0))
-    moved = [dict(reward=1., subject=-.6, flicker=.02), dict(reward=1., subject=.1, flicker=-.5),
+    moved = [dict(reward=1., subject=-.3, flicker=.02), dict(reward=1., subject=.1, flicker=-.3),
              dict(reward=-1., subject=-.8, flicker=.5), dict(reward=.9, subject=.02, flicker=.6)]
     cases = [(*_figures(shifts, seed), better, draws) for seed, shifts in zip((0, 20, 40, 60), moved)]
     mistakes = [Mistake(_said(m.answer), m.message) for m in REPORT]
