@@ -4,7 +4,8 @@ import importlib.util
 from .quiz import quiz
 from .verdict import Mistake, judge
 
-_ROOMS = (".diffusion", ".denoising", ".reward", ".truncation", ".policy_gradient", ".tuning", ".people", ".algorithms")
+_ROOMS = (".diffusion", ".denoising", ".building", ".reward", ".truncation", ".policy_gradient", ".tuning", ".people",
+          ".algorithms")
 
 def __getattr__(name):
     for room in _ROOMS if not name.startswith("_") else ():

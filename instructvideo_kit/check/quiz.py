@@ -41,11 +41,11 @@ QUIZZES = {
             },
         ),
         Question(
-            "c",
+            "b",
             {
-                "a": "that would be lam = 0, where all four count alike",
-                "b": "that is frame 4 (and 12): e^-4 against 1",
-                "c": "e^-8 against 1 for frame 8: the ends of the clip are hardly looked at",
+                "a": "clips of one caption share what is hard about it: counted singly they make the error look too small",
+                "b": "average the seeds of each caption first; the captions are what you drew at random",
+                "c": "the noise of a seed is another one for each caption; it is the caption that clips share",
             },
         ),
     ),
