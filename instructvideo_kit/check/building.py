@@ -138,8 +138,8 @@ COMPARISON = [
             "the error treats every clip as independent; average the seeds of a caption first, then count captions"),
     Mistake(_with(1, lambda d: d.mean(1).std(correction=0)/len(d)**.5),
             "the variance divides by n; for an estimate from n captions divide by n - 1, as torch.std does"),
-    Mistake(_unpaired, "the error is that of two independent groups; the clips are pairs: take the differences' spread"),
-    Mistake(_with(2, lambda d: (d.mean(1) >= 0).double().mean()), "a caption without any change is no improvement: > 0"),
+    Mistake(_unpaired, "the error is that of two independent groups; clips are pairs: take the differences' spread"),
+    Mistake(_with(2, lambda d: (d.mean(1) >= 0).double().mean()), "a caption without any change has not improved: > 0"),
     Mistake(_with(2, lambda d: (d > 0).double().mean()), "the share counts clips; it is a share of captions"),
 ]
 
@@ -363,7 +363,7 @@ def _covariance(a, b):
 def _kept_by(alike): return lambda a, b, large: (alike(large(a), large(b)), alike(a - large(a), b - large(b)))
 
 KEPT = [
-    Mistake(lambda a, b, large: _kept_by(_likeness)(a, b, large)[::-1], "the order: first the large shapes, then details"),
+    Mistake(lambda a, b, large: _kept_by(_likeness)(a, b, large)[::-1], "the order: large shapes first, then details"),
     Mistake(_kept_by(lambda a, b: _likeness(a, b, False)),
             "the means are still inside: two bright clips look alike to this; subtract each clip's own mean"),
     Mistake(_kept_by(_covariance), "this is the covariance; divide by both lengths"),

@@ -43,7 +43,7 @@ QUIZZES = {
         Question(
             "b",
             {
-                "a": "clips of one caption share what is hard about it: counted singly they make the error look too small",
+                "a": "clips of one caption share what is hard about it: counted singly they make the error too small",
                 "b": "average the seeds of each caption first; the captions are what you drew at random",
                 "c": "the noise of a seed is another one for each caption; it is the caption that clips share",
             },
