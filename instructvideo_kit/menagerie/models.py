@@ -203,7 +203,9 @@ class Guides(torch.nn.Module):
                                          for m in layers)
         self.words, self.tokenizer, self.read = torch.nn.Linear(text_width, len(tokenizer)), tokenizer, []
         def listen(head):
-            return lambda m, given, out: self.read.append(head(out.float()))
+            def hear(m, given, out):
+                if torch.is_grad_enabled(): self.read.append(head(out.float())) # not while samples are drawn
+            return hear
         self.hooks = [m.register_forward_hook(listen(head)) for m, head in zip(layers, self.heads)]
 
     def layers(self, track):
