@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from instructvideo_kit.check import building as check
-from instructvideo_kit.measure.metrics import t_quantile
 
 
 def written(errors=None, loss=None, empty=True):
@@ -64,13 +63,13 @@ def online(start=copy.deepcopy, spread="interleave", ties=False):
 
 def interval(wide=True, both=True):
     "The interval with numpy."
-    def found(d, rows, columns):
+    def found(d, rows, columns, student):
         d = d.numpy()
         means = [d[np.ix_(i, j)].mean() if both else d[:, j].mean() for i, j in zip(rows.numpy(), columns.numpy())]
         s, c = d.shape
         a, b = d.mean(1).var(ddof=1)/s, d.mean(0).var(ddof=1)/c
         df = (a + b)**2/(a*a/(s - 1) + b*b/(c - 1))
-        factor = (a + b)**.5/np.std(means)*t_quantile(.975, df)/1.959964 if wide else 1.
+        factor = (a + b)**.5/np.std(means)*student(df)/1.959964 if wide else 1.
         low, high = np.quantile(means, [.025, .975]) - d.mean()
         return d.mean(), d.mean() + factor*low, d.mean() + factor*high
     return found
@@ -121,7 +120,8 @@ def audit(empty=True):
 def by_autograd(loss_of, parameters, changes):
     def flat(**change): return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss_of(**change), parameters)])
     plain = flat()
-    return [torch.tensor([F.cosine_similarity(flat(**c), plain, dim=0), flat(**c).norm()/plain.norm()]) for c in changes]
+    both = [(F.cosine_similarity(flat(**c), plain, dim=0), flat(**c).norm()/plain.norm()) for c in changes]
+    return [torch.tensor(pair) for pair in both]
 
 RIGHT = {
     "best_policy": [lambda p, r, b: F.normalize(p*(r/b).exp(), p=1, dim=0),

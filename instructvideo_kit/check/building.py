@@ -18,7 +18,6 @@ from torch import nn
 from .verdict import Mistake, judge
 from ..diffusion.sampling import step_pairs
 from ..diffusion.schedule import Schedule, corrupt
-from ..measure.metrics import t_quantile
 from ..tuning.dpo import diffusion_dpo_loss
 
 # %% ../../nbs/check/20_building.ipynb #6a8eee9a
@@ -33,7 +32,7 @@ def _normal(
 def _best(reference, reward, beta): return (reference.log() + reward/beta).softmax(0)
 
 BEST_POLICY = [
-    Mistake(lambda p, r, b: (r/b).softmax(0), "the reference is missing: with a large beta the answer is the reference"),
+    Mistake(lambda p, r, b: (r/b).softmax(0), "the reference is missing: with a large beta it is the answer"),
     Mistake(lambda p, r, b: p*(r/b).exp(), "these do not add up to 1: divide by their sum, Z"),
     Mistake(lambda p, r, b: (p.log() + b*r).softmax(0),
             "beta is the price of moving away: divide the reward by it"),
@@ -48,7 +47,7 @@ def best_policy(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the policy that maximises mean reward minus beta times the KL divergence to a reference."
     cases = [(_normal(5).softmax(0), _normal(5, seed=1), beta) for beta in (.3, 1., 20.)]
-    return judge(fn, _best, cases, BEST_POLICY, "A large beta gives the reference back, a small one the best clip only.")
+    return judge(fn, _best, cases, BEST_POLICY, "A large beta gives the reference back, a small one the best clip.")
 
 # %% ../../nbs/check/20_building.ipynb #5530982b
 class _Caption(nn.Module):
@@ -124,7 +123,7 @@ DPO_UPDATE = [
 ]
 
 def dpo_update(
-    fn:Callable, # fn(model, reference, optimizer, chosen (b, 2), rejected, words (b,), noise, t, schedule, beta) -> loss
+    fn:Callable, # fn(model, reference, optimizer, chosen, rejected (b, 2), words, noise, t, schedule, beta) -> loss
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: one update of Diffusion-DPO on pairs of points; the model is moved and the loss returned."
     cases = [(0, 20., .05), (20, 5., .2), (40, 100., .02)]
@@ -216,7 +215,7 @@ def online_dpo(
     cases = [(0, 3, 7, 3), (10, 4, 5, 2), (20, 6, 6, 4)]
     mistakes = [Mistake(_after_rounds(m.answer), m.message) for m in ONLINE_DPO]
     answer = _after_rounds(fn) if callable(fn) else fn
-    return judge(answer, _after_rounds(_loop()), cases, mistakes, "The judge gave marks, and only their order was used.")
+    return judge(answer, _after_rounds(_loop()), cases, mistakes, "The judge gave marks; only their order was used.")
 
 # %% ../../nbs/check/20_building.ipynb #4872d534
 def _read(compute, values, place):
@@ -244,9 +243,10 @@ def equal_compute(
     fn:Callable, # fn(compute_a, values_a, compute_b, values_b), rising lists that begin at 0 -> difference a - b
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the difference of two curves at the largest compute that both reach."
-    cases = [([0., 10., 40.], [0., 1., 2.], [0., 20.], [0., .5]), ([0., 8.], [.2, .4], [0., 4., 6., 20.], [.2, .9, .1, .8]),
+    cases = [([0., 10., 40.], [0., 1., 2.], [0., 20.], [0., .5]),
+             ([0., 8.], [.2, .4], [0., 4., 6., 20.], [.2, .9, .1, .8]),
              ([0., 5., 9.], [1., 0., 3.], [0., 9.], [1., 2.])]
-    return judge(fn, _equal, cases, EQUAL_COMPUTE, "The longer run may still be better later: that is another question.")
+    return judge(fn, _equal, cases, EQUAL_COMPUTE, "The longer run may still be better later: another question.")
 
 # %% ../../nbs/check/20_building.ipynb #3d575d06
 def _parts(d): return d.mean(1).var()/d.shape[0], d.mean(0).var()/d.shape[1]
@@ -257,16 +257,23 @@ def _freedom(d):
 
 def _error(d): return sum(_parts(d)).sqrt()
 
+def _student(
+    df, # degrees of freedom
+)->float:
+    "Student's t at 97.5 %, from the normal quantile and three terms in 1 / df; near enough for an exercise."
+    z = 1.959964
+    terms = (z**3 + z)/4, (5*z**5 + 16*z**3 + 3*z)/96, (3*z**7 + 19*z**5 + 17*z**3 - 15*z)/384
+    return z + sum(term/float(df)**(i + 1) for i, term in enumerate(terms))
+
 def _draws(d, rows, columns):
     return torch.stack([d[i][:, j].mean() for i, j in zip(rows, columns)])
 
 def _seed_interval(resample=_draws, error=_error, freedom=_freedom, tail=.025, stretch=True):
     "The interval with parts that can be wrong."
-    def interval(d, rows, columns):
+    def interval(d, rows, columns, student):
         mean, draws = d.mean(), resample(d, rows, columns)
         ends = draws.quantile(torch.tensor([tail, 1 - tail], dtype=d.dtype)) - mean
-        normal = t_quantile(.975, 1e6)
-        wide = t_quantile(.975, freedom(d))/normal*error(d)/draws.std(correction=0) if stretch else 1.
+        wide = student(freedom(d))/1.959964*error(d)/draws.std(correction=0) if stretch else 1.
         return torch.stack([mean, *(mean + wide*ends)])
     return interval
 
@@ -288,14 +295,15 @@ SEED_INTERVAL = [
 ]
 
 def seed_interval(
-    fn:Callable, # fn(difference (s, c), rows (n, s) long, columns (n, c) long) -> mean, low, high
+    fn:Callable, # fn(difference (s, c), rows (n, s), columns (n, c), student(df) -> quantile) -> mean, low, high
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the interval of a mean over tuning seeds and captions, widened to Student's t."
     cases = []
     for i, (s, c) in enumerate(((3, 8), (5, 6), (2, 12))):
         d = (_normal(s, c, seed=i) + _normal(s, 1, seed=10 + i) + .5).double()
         g = torch.Generator().manual_seed(i)
-        cases.append((d, torch.randint(s, (400, s), generator=g), torch.randint(c, (400, c), generator=g)))
+        rows, columns = (torch.randint(n, (400, n), generator=g) for n in (s, c))
+        cases.append((d, rows, columns, _student))
     def answer(*given):
         found = fn(*given)
         if found is None or found is ...: return found
@@ -310,7 +318,7 @@ def _verdict(intervals, margin, seeds, needed):
     return 1 if all(low > margin for low, _ in intervals) else 0
 
 VERDICT = [
-    Mistake(lambda i, m, s, n: _verdict(i, m, n, n), "too few tuning seeds decide nothing, however narrow an interval is"),
+    Mistake(lambda i, m, s, n: _verdict(i, m, n, n), "too few tuning seeds decide nothing, however narrow the interval"),
     Mistake(lambda i, m, s, n: _verdict(i, 0., s, n), "the margin is missing: the interval has to lie above it"),
     Mistake(lambda i, m, s, n: 0 if s < n else 1 if all(a > m for a, _ in i) else -1,
             "an interval with the margin inside refutes nothing: it cannot tell"),
@@ -329,7 +337,7 @@ def verdict(
     cases = [([(.1, .3)], 0., 5, 5), ([(.1, .3), (-.1, .4)], 0., 5, 5), ([(.1, .3), (-.4, -.1)], 0., 6, 5),
              ([(.1, .3)], 0., 2, 5), ([(.02, .3)], .05, 5, 5), ([(-.3, -.1)], 0., 5, 5), ([(-.1, .04)], .05, 8, 5),
              ([(-.1, .3)], 0., 5, 5), ([(-.3, -.1)], 0., 1, 5)]
-    return judge(fn, _verdict, cases, VERDICT, "A rule that was fixed before the runs, and that can come out in three ways.")
+    return judge(fn, _verdict, cases, VERDICT, "A rule that is fixed before the runs and can come out in three ways.")
 
 # %% ../../nbs/check/20_building.ipynb #6cdcc2b3
 def _x0(z, noise, a): return (z - (1 - a)**.5*noise)/a**.5
@@ -384,7 +392,7 @@ def blended_chain(
     cases = [(0, .3, soft), (10, .7, left), (20, 0., soft)]
     mistakes = [Mistake(_seen(m.answer), m.message) for m in BLENDED_CHAIN]
     answer = _seen(fn) if callable(fn) else fn
-    praise = "A network that predicts v could be blended in the same way: for one z_t, v and noise differ by a fixed map."
+    praise = "A network that predicts v can be blended in the same way: v and noise differ by a fixed map of z_t."
     return judge(answer, _seen(_chain()), cases, mistakes, praise)
 
 # %% ../../nbs/check/20_building.ipynb #e3be2754
@@ -415,8 +423,9 @@ def align(
     "Exercise: Eq. (5) of InteractiveVideo to the letter, one group in the norm, eps 1e-5."
     kernel = _normal(3, 3, 3, 3, seed=7)/4
     def conv(x): return nn.functional.conv2d(x, kernel, padding=1)
-    cases = [(_normal(4, 3, 5, 5), _normal(3, 5, 5, seed=1), conv), (_normal(2, 3, 6, 4, seed=2), _normal(3, 6, 4), conv)]
-    return judge(fn, _align, cases, ALIGN, "For a frame that equals the picture it gives the same answer whatever the picture is.")
+    cases = [(_normal(4, 3, 5, 5), _normal(3, 5, 5, seed=1), conv),
+             (_normal(2, 3, 6, 4, seed=2), _normal(3, 6, 4), conv)]
+    return judge(fn, _align, cases, ALIGN, "A frame that equals the picture gets one answer, whatever the picture is.")
 
 # %% ../../nbs/check/20_building.ipynb #8b6cac17
 def _crude(step=lambda i, n: i/(n - 1), turn=True, whole=round, under=True):
@@ -476,9 +485,9 @@ def _layerwise(loss_of, parameters, changes):
 
 AUDIT = [
     Mistake(_audit(empty=False), "the gradients add up: empty them before each backward pass"),
-    Mistake(_audit(length=lambda g, r: r.norm()/g.norm()), "the lengths are upside down: the change over the plain one"),
+    Mistake(_audit(length=lambda g, r: r.norm()/g.norm()), "the lengths are upside down: the changed over the plain"),
     Mistake(_audit(length=lambda g, r: g.norm()), "this is the length itself; divide by the plain gradient's"),
-    Mistake(_audit(cosine=lambda g, r, dim: (g*r).sum()), "this is the dot product; the cosine divides by both lengths"),
+    Mistake(_audit(cosine=lambda g, r, dim: (g*r).sum()), "a dot product; the cosine divides by both lengths"),
     Mistake(_layerwise, "you compare parameter by parameter and take the mean; make one vector of all of them"),
 ]
 

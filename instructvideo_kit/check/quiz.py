@@ -250,8 +250,8 @@ QUIZZES = {
         Question(
             "b",
             {
-                "a": "the captions say that about these two checkpoints; two tuning seeds say nothing about the next one",
-                "b": "an interval over captions holds for this checkpoint; a verdict on a method needs several tuning seeds",
+                "a": "the captions say so of these checkpoints; two tuning seeds say nothing about the next one",
+                "b": "an interval over captions holds for this checkpoint; a method needs several tuning seeds",
                 "c": "it does say something: about this checkpoint, on captions like these",
             },
         ),
@@ -269,7 +269,7 @@ QUIZZES = {
             "c",
             {
                 "a": "each model predicts each clip once, whatever the noise",
-                "b": "nothing fixes whose error is larger; the loss makes the chosen clip's fall relative to the other's",
+                "b": "nothing fixes whose error is larger; the loss makes the chosen clip's fall below the other's",
                 "c": "with different draws the difference of errors would be that of two random timesteps",
             },
         ),
@@ -278,7 +278,7 @@ QUIZZES = {
             {
                 "a": "what it learnt on old pairs does not help it to prefer the right clip of a new one",
                 "b": "a sound run prefers the right clip of pairs it has never seen: the points in the plane did",
-                "c": "a run that has learnt and come to rest still prefers the right clip, until its reference is refreshed",
+                "c": "a run that has learnt and come to rest still prefers the right clip, until a refresh",
             },
         ),
     ),
