@@ -318,7 +318,7 @@ def _verdict(intervals, margin, seeds, needed):
     return 1 if all(low > margin for low, _ in intervals) else 0
 
 VERDICT = [
-    Mistake(lambda i, m, s, n: _verdict(i, m, n, n), "too few tuning seeds decide nothing, however narrow the interval"),
+    Mistake(lambda i, m, s, n: _verdict(i, m, n, n), "too few tuning seeds decide nothing, however narrow they are"),
     Mistake(lambda i, m, s, n: _verdict(i, 0., s, n), "the margin is missing: the interval has to lie above it"),
     Mistake(lambda i, m, s, n: 0 if s < n else 1 if all(a > m for a, _ in i) else -1,
             "an interval with the margin inside refutes nothing: it cannot tell"),
