@@ -130,7 +130,7 @@ RIGHT = {
     "online_dpo": [online(), lambda *args: torch.stack(online()(*args))],
     "equal_compute": [numpy_equal, lambda ca, a, cb, b: -numpy_equal(cb, b, ca, a)],
     "seed_interval": [interval(), lambda *args: torch.tensor(interval()(*args))],
-    "verdict": [lambda i, m, s, n: (s >= n)*(-1 if min(b for _, b in i) < m else int(min(a for a, _ in i) > m)),
+    "claim_verdict": [lambda i, m, s, n: (s >= n)*(-1 if min(b for _, b in i) < m else int(min(a for a, _ in i) > m)),
                 lambda i, m, s, n: torch.tensor(0 if s < n else -1 if any(m > b for _, b in i)
                                                 else int(all(m < a for a, _ in i)))],
     "blended_chain": [chain(), chain(mixed=lambda e, f, share: torch.lerp(f, e, share.expand_as(e)))],
@@ -150,7 +150,7 @@ WRONG = {  # as a learner would write it, and words of the verdict
     "equal_compute": [(lambda ca, a, cb, b: a[-1] - b[-1], "two ends"),
                       (lambda ca, a, cb, b: numpy_equal(cb, b, ca, a), "other way round")],
     "seed_interval": [(interval(wide=False), "not widened"), (interval(both=False), "only captions")],
-    "verdict": [(lambda i, m, s, n: 1 if all(a > m for a, _ in i) else -1 if any(b < m for _, b in i) else 0, "few"),
+    "claim_verdict": [(lambda i, m, s, n: 1 if all(a > m for a, _ in i) else -1 if any(b < m for _, b in i) else 0, "few"),
                 (lambda i, m, s, n: 0 if s < n else 1 if all(a > m for a, _ in i) else -1, "cannot tell")],
     "blended_chain": [(chain(mixed=lambda e, f, share: e + share*(f - e)), "lambda = 1 leaves"),
                       (chain(share=lambda lam, m: lam*m), "1 there, not 0")],

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BEST_POLICY', 'DPO_UPDATE', 'ONLINE_DPO', 'EQUAL_COMPUTE', 'SEED_INTERVAL', 'VERDICT', 'BLENDED_CHAIN', 'ALIGN',
            'CRUDE_CLIP', 'AUDIT', 'best_policy', 'dpo_update', 'online_dpo', 'equal_compute', 'seed_interval',
-           'verdict', 'blended_chain', 'align', 'crude_clip', 'gradient_audit']
+           'claim_verdict', 'blended_chain', 'align', 'crude_clip', 'gradient_audit']
 
 # %% ../../nbs/check/20_building.ipynb #120aada1
 import copy
@@ -330,7 +330,7 @@ VERDICT = [
             "the middle of an interval may be above the margin by chance: look at its ends"),
 ]
 
-def verdict(
+def claim_verdict(
     fn:Callable, # fn(intervals [(low, high), ...], margin, seeds, needed) -> 1 holds, -1 refuted, 0 cannot tell
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the scoreboard's rule for a claim."
