@@ -4,7 +4,7 @@ import importlib.util
 from .quiz import quiz
 from .verdict import Mistake, judge
 
-_ROOMS = (".diffusion", ".denoising", ".reward", ".truncation", ".policy_gradient", ".algorithms", ".building")
+_ROOMS = (".diffusion", ".denoising", ".reward", ".truncation", ".policy_gradient", ".algorithms", ".learning")
 
 def __getattr__(name):
     for room in _ROOMS if not name.startswith("_") else ():
