@@ -5,7 +5,7 @@ from .quiz import quiz
 from .verdict import Mistake, judge
 
 _ROOMS = (".diffusion", ".denoising", ".building", ".reward", ".truncation", ".policy_gradient", ".tuning", ".people",
-          ".algorithms")
+          ".algorithms", ".learning")
 
 def __getattr__(name):
     for room in _ROOMS if not name.startswith("_") else ():

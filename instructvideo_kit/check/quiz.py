@@ -253,12 +253,9 @@ QUIZZES = {
         Question(
             "b",
             {
-                "a": "all twenty steps are walked forward either way: 42 evaluations against 80",
-                "b": (
-                    "one step instead of twenty keeps its activations; of the evaluations nearly all of the forward"
-                    " half stays"
-                ),
-                "c": "they are walked, but nineteen of them without a graph in memory",
+                "a": "the captions say so of these checkpoints; two tuning seeds say nothing about the next one",
+                "b": "an interval over captions holds for this checkpoint; a method needs several tuning seeds",
+                "c": "it does say something: about this checkpoint, on captions like these",
             },
         ),
     ),
@@ -266,30 +263,25 @@ QUIZZES = {
         Question(
             "b",
             {
-                "a": "for a while; but the surest way to be consistent is not to move, and nobody asked for motion",
-                "b": "a frozen clip is perfectly consistent; its dynamic degree falls, which is another mark",
-                "c": "that is the fourth mark, and even that one hardly reads the caption",
+                "a": "it could be any number, and a different one for each caption; nobody has to set it",
+                "b": "the loss holds only the difference of two implicit rewards of one caption: beta log Z drops out",
+                "c": "no network sees it: it has left the loss before anything is trained",
             },
         ),
         Question(
             "c",
             {
                 "a": "each model predicts each clip once, whatever the noise",
-                "b": "nothing fixes whose error is larger; the loss makes the winner's smaller",
+                "b": "nothing fixes whose error is larger; the loss makes the chosen clip's fall below the other's",
                 "c": "with different draws the difference of errors would be that of two random timesteps",
             },
         ),
         Question(
             "a",
             {
-                "a": (
-                    "it asks for an order only: a rule, a person, or a model too large to sit beside the policy will do"
-                ),
-                "b": (
-                    "the other way round: OnlineVPO needs contrast between candidates, InstructVideo learns from each"
-                    " clip"
-                ),
-                "c": "that is what InstructVideo does, into the judge's blind spots too",
+                "a": "what it learnt on old pairs does not help it to prefer the right clip of a new one",
+                "b": "a sound run prefers the right clip of pairs it has never seen: the points in the plane did",
+                "c": "a run that has learnt and come to rest still prefers the right clip, until a refresh",
             },
         ),
     ),
