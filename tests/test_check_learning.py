@@ -129,7 +129,7 @@ RIGHT = {
     "dpo_update": [written(), by_hand],
     "online_dpo": [online(), lambda *args: torch.stack(online()(*args))],
     "equal_compute": [numpy_equal, lambda ca, a, cb, b: -numpy_equal(cb, b, ca, a)],
-    "seed_interval": [interval(), lambda *args: torch.tensor(interval()(*args))],
+    "two_way_interval": [interval(), lambda *args: torch.tensor(interval()(*args))],
     "claim_verdict": [lambda i, m, s, n: (s >= n)*(-1 if min(b for _, b in i) < m else int(min(a for a, _ in i) > m)),
                 lambda i, m, s, n: torch.tensor(0 if s < n else -1 if any(m > b for _, b in i)
                                                 else int(all(m < a for a, _ in i)))],
@@ -149,7 +149,7 @@ WRONG = {  # as a learner would write it, and words of the verdict
                    (online(ties=True), "no pairs")],
     "equal_compute": [(lambda ca, a, cb, b: a[-1] - b[-1], "two ends"),
                       (lambda ca, a, cb, b: numpy_equal(cb, b, ca, a), "other way round")],
-    "seed_interval": [(interval(wide=False), "not widened"), (interval(both=False), "only captions")],
+    "two_way_interval": [(interval(wide=False), "not widened"), (interval(both=False), "only captions")],
     "claim_verdict": [(lambda i, m, s, n: 1 if all(a > m for a, _ in i) else -(min(b for _, b in i) < m), "few"),
                       (lambda i, m, s, n: 0 if s < n else 1 if all(a > m for a, _ in i) else -1, "cannot tell")],
     "blended_chain": [(chain(mixed=lambda e, f, share: e + share*(f - e)), "lambda = 1 leaves"),
@@ -178,3 +178,14 @@ def test_wrong_answers_are_named(name, wrong, capsys):
 @pytest.mark.parametrize("name", sorted(RIGHT))
 def test_an_open_exercise_is_no_error(name):
     assert getattr(check, name)(lambda *args: ...) is None and getattr(check, name)(...) is None
+
+
+def test_no_two_rooms_have_a_check_of_the_same_name():
+    "Checks are found by name alone, so a second one of a name would never be reached."
+    import ast
+    from pathlib import Path
+    found = []
+    for path in (Path(__file__).parents[1]/"instructvideo_kit/check").glob("*.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        found += [node.name for node in body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    assert sorted(found) == sorted(set(found))

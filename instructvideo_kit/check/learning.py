@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEST_POLICY', 'DPO_UPDATE', 'ONLINE_DPO', 'EQUAL_COMPUTE', 'SEED_INTERVAL', 'VERDICT', 'BLENDED_CHAIN', 'ALIGN',
-           'CRUDE_CLIP', 'AUDIT', 'best_policy', 'dpo_update', 'online_dpo', 'equal_compute', 'seed_interval',
+           'CRUDE_CLIP', 'AUDIT', 'best_policy', 'dpo_update', 'online_dpo', 'equal_compute', 'two_way_interval',
            'claim_verdict', 'blended_chain', 'align', 'crude_clip', 'gradient_audit']
 
 # %% ../../nbs/check/13_learning.ipynb #120aada1
@@ -294,7 +294,7 @@ SEED_INTERVAL = [
     Mistake(_seed_interval(error=lambda d: _parts(d)[1].sqrt()), "the variance of the seeds is missing in the error"),
 ]
 
-def seed_interval(
+def two_way_interval(
     fn:Callable, # fn(difference (s, c), rows (n, s), columns (n, c), student(df) -> quantile) -> mean, low, high
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: the interval of a mean over tuning seeds and captions, widened to Student's t."
