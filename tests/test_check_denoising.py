@@ -1,7 +1,7 @@
 "Exercises of the tutorial on denoising: right answers pass however written, wrong ones are rejected and named."
-import pytest
 import torch
 import torch.nn.functional as F
+from exercises import asked_of
 
 from instructvideo_kit.check import denoising as check
 
@@ -104,28 +104,7 @@ WRONG = {  # as a learner would write it, and words of the verdict
 TABLES = dict(conditional_mean=check.CONDITIONAL_MEAN, three_names=check.NAMES, loss_weights=check.LOSS_WEIGHTS,
               training_step=check.TRAINING_STEP, sampler=check.SAMPLER)
 
-def pairs(table):
-    return [pytest.param(name, x, id=f"{name}-{i}") for name, xs in table.items() for i, x in enumerate(xs)]
-
-@pytest.mark.parametrize("name, answer", pairs(RIGHT))
-def test_right_answers_pass(name, answer, capsys):
-    assert getattr(check, name)(answer) is True
-    assert capsys.readouterr().out.startswith("right")
-
-@pytest.mark.parametrize("name, wrong", pairs(WRONG))
-def test_wrong_answers_are_named(name, wrong, capsys):
-    assert getattr(check, name)(wrong[0]) is False
-    assert wrong[1] in capsys.readouterr().out
-
-@pytest.mark.parametrize("name, mistake", pairs(TABLES))
-def test_every_listed_mistake_is_wrong_and_has_its_own_message(name, mistake, capsys):
-    assert getattr(check, name)(mistake.answer) is False, mistake.message
-    assert mistake.message in capsys.readouterr().out
-
-@pytest.mark.parametrize("name", RIGHT)
-@pytest.mark.parametrize("stub", [lambda *args: ..., None])
-def test_an_open_exercise_is_no_error(name, stub, capsys):
-    assert getattr(check, name)(stub) is None and capsys.readouterr().out == "not answered yet\n"
+globals().update(asked_of(check, RIGHT, WRONG, TABLES))
 
 def test_the_model_of_points_is_judged_in_both_parts(capsys):
     assert check.plane_model(step, draw) is True

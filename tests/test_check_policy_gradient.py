@@ -1,8 +1,8 @@
 "Exercises of the tutorial on policy gradients: right answers pass however written, wrong ones are rejected and named."
 import math
 
-import pytest
 import torch
+from exercises import asked_of
 
 from instructvideo_kit.check import policy_gradient as check
 from instructvideo_kit.diffusion.stochastic import ddim_gaussian
@@ -99,25 +99,4 @@ WRONG = {  # as a learner would write it, and words of the verdict
 TABLES = dict(step_probability=check.LOG_PROBABILITY, relative_advantages=check.ADVANTAGES, unclipped=check.UNCLIPPED,
               guarded_ratio=check.GUARD, grpo_update=check.GRPO_UPDATE)
 
-def pairs(table):
-    return [pytest.param(name, x, id=f"{name}-{i}") for name, xs in table.items() for i, x in enumerate(xs)]
-
-@pytest.mark.parametrize("name, answer", pairs(RIGHT))
-def test_right_answers_pass(name, answer, capsys):
-    assert getattr(check, name)(answer) is True
-    assert capsys.readouterr().out.startswith("right")
-
-@pytest.mark.parametrize("name, wrong", pairs(WRONG))
-def test_wrong_answers_are_named(name, wrong, capsys):
-    assert getattr(check, name)(wrong[0]) is False
-    assert wrong[1] in capsys.readouterr().out
-
-@pytest.mark.parametrize("name, mistake", pairs(TABLES))
-def test_every_listed_mistake_is_wrong_and_has_its_own_message(name, mistake, capsys):
-    assert getattr(check, name)(mistake.answer) is False, mistake.message
-    assert mistake.message in capsys.readouterr().out
-
-@pytest.mark.parametrize("name", RIGHT)
-@pytest.mark.parametrize("stub", [lambda *args: ..., None])
-def test_an_open_exercise_is_no_error(name, stub, capsys):
-    assert getattr(check, name)(stub) is None and capsys.readouterr().out == "not answered yet\n"
+globals().update(asked_of(check, RIGHT, WRONG, TABLES))

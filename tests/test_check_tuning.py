@@ -1,6 +1,6 @@
 "The long exercises of tutorials 07 to 09: right answers pass however written, wrong ones are rejected and named."
-import pytest
 import torch
+from exercises import asked_of
 
 from instructvideo_kit.check import tuning as check
 from instructvideo_kit.diffusion.sampling import denoise
@@ -107,26 +107,4 @@ WRONG = { # as a learner would write it, and words of the verdict
 TABLES = dict(frame_pull=check.FRAME_PULL, linear_tuning=check.LINEAR_TUNING,
               instructvideo_step=check.INSTRUCTVIDEO_STEP, paired_interval=check.PAIRED_INTERVAL)
 
-def pairs(table):
-    return [pytest.param(name, x, id=f"{name}-{i}") for name, xs in table.items() for i, x in enumerate(xs)]
-
-@pytest.mark.parametrize("name, answer", pairs(RIGHT))
-def test_right_answers_pass(name, answer, capsys):
-    assert getattr(check, name)(answer) is True
-    assert capsys.readouterr().out.startswith("right")
-
-@pytest.mark.parametrize("name, wrong", pairs(WRONG))
-def test_wrong_answers_are_named(name, wrong, capsys):
-    assert getattr(check, name)(wrong[0]) is False
-    assert wrong[1] in capsys.readouterr().out
-
-@pytest.mark.parametrize("name, mistake", pairs(TABLES))
-def test_every_listed_mistake_is_wrong_and_has_its_own_message(name, mistake, capsys):
-    assert getattr(check, name)(mistake.answer) is False, mistake.message
-    assert mistake.message in capsys.readouterr().out
-
-@pytest.mark.parametrize("name", RIGHT)
-@pytest.mark.parametrize("stub", [lambda *args: ..., lambda *args: None, None])
-def test_an_open_exercise_is_no_error(name, stub, capsys):
-    assert getattr(check, name)(stub) is None
-    assert capsys.readouterr().out == "not answered yet\n"
+globals().update(asked_of(check, RIGHT, WRONG, TABLES, stubs=(lambda *args: ..., lambda *args: None, None)))
