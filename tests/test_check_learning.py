@@ -180,6 +180,15 @@ def test_an_open_exercise_is_no_error(name):
     assert getattr(check, name)(lambda *args: ...) is None and getattr(check, name)(...) is None
 
 
+LISTED = [check.BEST_POLICY, check.DPO_UPDATE, check.ONLINE_DPO, check.EQUAL_COMPUTE, check.SEED_INTERVAL,
+          check.VERDICT, check.BLENDED_CHAIN, check.ALIGN, check.CRUDE_CLIP, check.AUDIT] # in the order of RIGHT
+
+@pytest.mark.parametrize("name, mistake", pairs(dict(zip(RIGHT, LISTED))))
+def test_every_listed_mistake_is_wrong_and_has_its_own_message(name, mistake, capsys):
+    assert getattr(check, name)(mistake.answer) is False, mistake.message
+    assert mistake.message in capsys.readouterr().out
+
+
 def test_no_two_rooms_have_a_check_of_the_same_name():
     "Checks are found by name alone, so a second one of a name would never be reached."
     import ast
