@@ -109,8 +109,9 @@ DPO_UPDATE = [
             "the reference does nothing: an easy clip then counts as a success of the learner"),
     Mistake(_dpo(loss=_with(lambda e, r: (e[1], e[0], r[1], r[0]))),
             "chosen and rejected are swapped, or a sign: the error on the chosen clip should fall"),
-    Mistake(_dpo(loss=lambda e, r, beta: diffusion_dpo_loss(*e, *r, 2*beta)[0]), "twice too strong: beta, where beta / 2 "
-            "is asked for, or an error that is the sum over a clip's dimensions (two here), not their mean"),
+    Mistake(_dpo(loss=lambda e, r, beta: diffusion_dpo_loss(*e, *r, 2*beta)[0]),
+            "twice too strong: beta, where beta / 2 is asked for, or an error "
+            "that is the sum over a clip's dimensions (two here), not their mean"),
     Mistake(_dpo(loss=lambda e, r, beta: 4*diffusion_dpo_loss(*e, *r, beta)[0]),
             "this is the sum over the pairs; take the mean"),
     Mistake(_dpo(share_noise=False), "chosen and rejected have to get the same noise"),
@@ -190,8 +191,8 @@ def _after_rounds(online):
 
 ONLINE_DPO = [
     Mistake(_loop(copied=lambda model: model),
-            "the reference is the model as it is in every round, so they never differ: take copy.deepcopy(model), and let "
-            "it follow every refresh_every rounds only"),
+            "the reference is the model as it is in every round, so they never differ: take copy.deepcopy(model), and "
+            "let it follow every refresh_every rounds only"),
     Mistake(_loop(follow=lambda k, K: False), "the reference never follows: refresh it every refresh_every rounds"),
     Mistake(_loop(follow=lambda k, K: k % K == K - 1),
             "the reference follows one round too early: before round K, 2 K ..., counted from 0"),
