@@ -271,8 +271,9 @@ def train_phase(
     unet, text_encoder = modules["unet"], modules["text_encoder"]
     guides = Guides(unet, tokenizer) if clips else None
     run = Run(folder, {**modules, **({"guides": guides} if clips else {})}, steps, peak=p["peak"], ema=p["ema"])
-    drawn = p["first"] + p["fresh"] * run.resume() # a resumed run begins with as many as it had
-    pool = Pool(vae, tokenizer, p["n_frames"], p["pool"], min(p["pool"], drawn), seed=seed + run.step)
+    done = run.resume()
+    drawn = min(p["pool"], p["first"] + p["fresh"] * done) # a resumed run begins with as many as it had
+    pool = Pool(vae, tokenizer, p["n_frames"], p["pool"], drawn, seed + done) if done < steps else None
     skip = contextlib.nullcontext if clips else pictures_only
     def fade(step):
         return min(1, max(0, (steps - step) / (.25 * steps))) # as the learning rate falls
