@@ -18,6 +18,7 @@ from instructvideo_kit.tuning.dpo import DPOConfig
 from instructvideo_kit.tuning.draft import DraftConfig
 from instructvideo_kit.tuning.grpo import GRPOConfig
 from instructvideo_kit.tuning.instructvideo import InstructVideoConfig
+from instructvideo_kit.tuning.nft import NFTConfig
 from instructvideo_kit.tuning.online_dpo import OnlineDPOConfig
 from instructvideo_kit.tuning.refl import ReflConfig
 from instructvideo_kit.tuning.rwr import RWRConfig
@@ -48,6 +49,10 @@ RUNS = { # name of the run -> (algorithm, config, what it tunes on)
     "grpo": ("grpo",
              GRPOConfig(**DRAWN | dict(batch=4, n_ddim=4), group_size=2, window=2, beta=.1, updates_per_round=2),
              "captions"),
+    "nft": ("nft",
+            NFTConfig(**DRAWN | dict(batch=4, n_ddim=4), group_size=2, captions_per_round=2, timesteps_per_update=2,
+                      lam_ref=.1, updates_per_round=2),
+            "captions"),
     "dpo": ("dpo", DPOConfig(**DRAWN, n_candidates=3, timesteps_per_pair=2), "captions"),
     "dpo_pairs": ("dpo", DPOConfig(**RUN), "pairs"),
     "onlinevpo": ("onlinevpo", OnlineDPOConfig(**DRAWN, n_candidates=2, ref_update_every=2, timesteps_per_pair=2),
