@@ -58,7 +58,7 @@ def part_folders(
     folder:Path, # the pipeline directory
     parts:dict=PARTS, # as PARTS
 )->dict[str, Path]: # part -> the folder that holds it
-    "Where the parts lie: here, or with the shipped policy that kit.json names. KitError as `borrowed`, or a wrong part."
+    "Where the parts lie: here, or with a shipped policy named in kit.json. KitError as `borrowed`, or a wrong part."
     shared = borrowed(folder)
     for part in shared: need_one_of(f'a part named in {PARTS_OF} of {folder / "kit.json"}', part, parts)
     return {part: shared.get(part, folder / part) for part in parts}

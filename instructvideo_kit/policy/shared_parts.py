@@ -98,7 +98,7 @@ def lender(
 )->Path: # its folder
     "Folder of a shipped policy. KitError for another name, or for the folder itself."
     known = shipped("policy")
-    need(name in known, f'name is "{name}"; expected a shipped policy, whose parts are always there: {near(name, known)}')
+    need(name in known, f'name is "{name}"; expected a shipped policy, no path: {near(name, known)}')
     need(known[name].resolve() != folder.resolve(), f'{folder} is "{name}" itself; share parts with another policy')
     return known[name]
 
