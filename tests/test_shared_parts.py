@@ -181,7 +181,8 @@ def test_a_missing_shared_file_is_named_with_its_folder(shelf):
 def test_a_shipped_policy_that_is_gone_is_named(shelf):
     share_parts(shelf / "other", "base")
     shutil.rmtree(shelf / "base")
-    assert 'from "base" (parts_of); expected the name of a shipped policy' in refusal(VideoPolicy.from_pretrained, "other")
+    says = refusal(VideoPolicy.from_pretrained, "other")
+    assert 'from "base" (parts_of); expected the name of a shipped policy' in says
 
 def test_a_base_that_was_trained_again_is_noticed(shelf):
     "Without a word every clip would change."
