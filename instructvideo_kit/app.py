@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['best_device', 'placement', 'open_judge', 'held_out', 'menagerie_clips', 'open_clips', 'open_oracle', 'find_lora',
            'choose_run', 'for_card', 'watched', 'tune_run', 'preview_run', 'evaluate_before_after',
-           'evaluation_captions', 'compare_run', 'draw_samples', 'write_samples', 'ship']
+           'evaluation_captions', 'compare_run', 'draw_samples', 'write_samples', 'ship', 'ship_policy']
 
 # %% ../nbs/93_app.ipynb #ca9a0004
 import io
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from .files import KitError, need, read_lines, shipped, write_atomic
+from .files import KitError, borrowed, need, read_lines, shipped, write_atomic
 from .measure.evaluate import evaluate, prompt_noise
 from .measure.report import save_comparison
 from .menagerie.captions import GROUPS, prompts, scenes
@@ -25,6 +25,7 @@ from .menagerie.defects import render
 from .menagerie.oracle import Oracle, parse
 from .policy import VideoPolicy
 from .policy.lora import LORA_FILE, load_lora, merge_lora
+from .policy.shared_parts import own_parts, share_parts
 from .reward.clip import ClipReward
 from .reward.videoscore import VIDEOSCORES, VideoScoreReward
 from .tuning.algorithm import find, tune
@@ -292,4 +293,19 @@ def ship(
     if target.exists(): target.rename(old)
     beside.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+    return target
+
+# %% ../nbs/93_app.ipynb #00fb7d00
+def ship_policy(
+    folder:Path, # a finished pipeline directory
+    target:Path, # what it replaces: a folder beside the other shipped policies
+    base:str="menagerie", # the policy whose parts the others may share
+)->Path: # target
+    "As `ship`, and no part is stored twice. KitError when a shipped policy has lost a part that it had from the base."
+    others = [path for name, path in shipped("policy").items() if path != target]
+    lean = [path for path in others if target in [home.parent for home in borrowed(path).values()]]
+    for path in lean: own_parts(path)
+    ship(folder, target)
+    if target.name != base: lean = [target]
+    for path in lean if base in shipped("policy") else []: share_parts(path, base)
     return target

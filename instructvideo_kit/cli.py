@@ -297,7 +297,8 @@ def train(
     prepare()
     folder = _train(part, out, steps, picture_steps, seed, start, vae, n_ddim)
     if ship:
-        from instructvideo_kit.app import ship as put_in_place
+        from instructvideo_kit import app as doing
+        put_in_place = doing.ship_policy if PARTS[part].startswith("policy/") else doing.ship
         folder = put_in_place(folder, files.weights_home()/PARTS[part])
     typer.echo(f"{part}: {folder}")
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
-from .files import shipped
+from .files import KitError, check_borrowed, shipped
 
 # %% ../nbs/90_doctor.ipynb #89977fa9
 class Check(NamedTuple):
@@ -59,6 +59,15 @@ def _packages()->list: # of Check
         return [Check("instructvideo_kit", False, todo)]
 
 # %% ../nbs/90_doctor.ipynb #023360cf
+def _shared_parts(
+    kind:str, # "policy", "reward" or "oracle"
+)->str: # "" when all is well
+    "What is wrong with the parts that a folder has from another."
+    try:
+        for folder in shipped(kind).values(): check_borrowed(folder)
+    except KitError as error: return str(error)
+    return ""
+
 def _weights(
     kind:str, # "policy", "reward" or "oracle"
 )->Check:
@@ -70,6 +79,7 @@ def _weights(
         return Check(name, False, f"none are shipped with this copy; {todo}")
     short = [f for f in files if f.stat().st_size < 1024] # a real file is larger; a pointer of git-lfs is not
     if short: return Check(name, False, f"{short[0]} is cut off or a pointer; check it out again")
+    if trouble := _shared_parts(kind): return Check(name, False, trouble)
     size = sum(f.stat().st_size for f in files) / 1e6
     return Check(name, True, f"{', '.join(shipped(kind))}: {size:.1f} MB")
 

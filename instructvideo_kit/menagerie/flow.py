@@ -19,14 +19,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..diffusion.prediction import flow, shift_sigma
-from ..files import KitError
+from ..files import KitError, read_json
 from ..machine import fast_autocast
 from .autoencoder import SIZE, Frames, picture_loss, pixel_weight, wrong_by
 from .captions import SPLITS, combinations
 from .models import Pool, sheet
 from .tokens import MAX_TOKENS
 from .training import Run, fit
-from ..policy.base import read_json
 
 if TYPE_CHECKING: # read where they are used: transformers and diffusers import slowly
     from diffusers import AutoencoderKL, AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel

@@ -26,8 +26,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..files import KitError, write_atomic
-from .base import VideoPolicy, read_json
+from ..files import KitError, read_json, write_atomic
+from .base import VideoPolicy
 
 # %% ../../nbs/policy/02_lora.ipynb #f66df492
 for unet in (UNet3DConditionModel, UNetSpatioTemporalConditionModel): # so in diffusers 0.42, for these two alone

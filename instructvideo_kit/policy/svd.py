@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from ..files import write_atomic
+from ..files import read_json, write_atomic
 from instructvideo_kit.policy.base import (
     CONFIG,
     TEXT_WEIGHTS,
@@ -25,7 +25,6 @@ from instructvideo_kit.policy.base import (
     VideoPolicy,
     check_image,
     pick_frames,
-    read_json,
 )
 
 # %% ../../nbs/policy/06_svd.ipynb #c7ce8411
