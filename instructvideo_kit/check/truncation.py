@@ -12,7 +12,7 @@ import torch
 
 from .verdict import Mistake, judge
 from ..diffusion.schedule import Schedule
-from ..diffusion.truncation import step_sensitivity, unet_cost
+from ..diffusion.truncation import step_sensitivity
 
 # %% ../../nbs/check/03_truncation.ipynb #8421013c
 def _lever(a, p): return (1 - p) ** 0.5 * a ** 0.5 - p ** 0.5 * (1 - a) ** 0.5
