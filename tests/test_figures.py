@@ -20,8 +20,9 @@ MEASURED = re.compile(
     r"faster|slower|seconds|counted|noise level)", re.I)
 NUMBER = re.compile(r"(?<![\w./^*-])[+-]?(?:\d*\.\d+|\d+(?:\.\d+)?(?= ?%))(?![\w.]*\d)")
 LEFT_OUT = re.compile("|".join((
-    r"(?ms)^ *```.*?^ *```", r"<!-- tutorials -->.*?<!-- /tutorials -->", r"^\| minutes \|.*?$", r"<details>.*?</details>",
-    r"\$\$.*?\$\$", r"\$[^$]*\$", r"`[^`\n]*`", r"\]\([^)]*\)", r"\b[Ss]ections? [\d.]+", r"arXiv [\d., ]+")))
+    r"(?ms)^ *```.*?^ *```", r"<!-- tutorials -->.*?<!-- /tutorials -->", r"^\| minutes \|.*?$",
+    r"<details>.*?</details>", r"\$\$.*?\$\$", r"\$[^$]*\$", r"`[^`\n]*`", r"\]\([^)]*\)",
+    r"\b[Ss]ections? [\d.]+", r"arXiv [\d., ]+")))
 DEFINED = {"95 %": "a level of intervals", "5 %": "its rest", ".025": "its quantile", ".975": "its quantile",
            "2.5 %": "its quantile", "97.5 %": "its quantile", "1.96": "its quantile under a normal distribution"}
 ALLOWED = { # page -> {number: why it needs no source}
@@ -55,7 +56,8 @@ def figures(sentence):
     return [number for number in written if number.lstrip("+").replace("0.", ".") not in DEFINED]
 
 
-def numbers_in(text): return [abs(float(x)) for x in re.findall(r"(?<![\w.])[+-]?(?:\d+\.\d+|\.\d+|\d+)(?:e-?\d+)?", text)]
+def numbers_in(text):
+    return [abs(float(x)) for x in re.findall(r"(?<![\w.])[+-]?(?:\d+\.\d+|\.\d+|\d+)(?:e-?\d+)?", text)]
 
 
 def stands_in(number, numbers):
