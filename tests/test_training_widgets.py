@@ -12,9 +12,9 @@ from instructvideo_kit.tuning.algorithm import tune
 from instructvideo_kit.tuning.online_dpo import OnlineDPOConfig
 from instructvideo_kit.tuning.run_folder import RunFolder, read_log
 from instructvideo_kit.widgets.candidates import (
-    LOSE,
+    CHOSEN,
+    REJECTED,
     REST,
-    WIN,
     CandidateWall,
     accuracy_png,
     candidate_wall,
@@ -39,11 +39,11 @@ def size(data): return Image.open(io.BytesIO(data)).size
 
 # ---- candidates --------------------------------------------------------------------------------
 
-def test_winner_and_loser_are_framed():
+def test_chosen_and_rejected_are_framed():
     videos = torch.rand(4, 8, 3, 16, 16)
-    assert frames_of(candidate_wall(videos, [.2, .9, .1, .5], "a cat"), 4) == [REST, WIN, LOSE, REST]
+    assert frames_of(candidate_wall(videos, [.2, .9, .1, .5], "a cat"), 4) == [REST, CHOSEN, REJECTED, REST]
     assert frames_of(candidate_wall(videos, [.5]*4), 4) == [REST]*4 # all equal: no pair
-    assert "Clip 2 wins against clip 3, by 0.800" in pair_note(
+    assert "Clip 2 is chosen over clip 3, by 0.800" in pair_note(
         torch.tensor([0.2, 0.9, 0.1, 0.5])
     ) and "no pair" in pair_note(torch.ones(3))
     with pytest.raises(ValueError, match="4 candidates and 2 scores"): candidate_wall(videos, [1., 2.])
