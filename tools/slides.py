@@ -8,6 +8,7 @@ its formulas and nothing else, and without a network formulas stay as they are w
 import argparse
 import base64
 import html
+import io
 import json
 import re
 import sys
@@ -22,6 +23,8 @@ MATHJAX = "https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-chtml.js"
 FORMULAS = """<script>MathJax = {{ tex: {{ inlineMath: [["$", "$"]] }} }}</script>
 <script async src="{}"></script>"""
 LEFT_OUT = ("Set-up", "What we left out") # sections without slides
+REMARK = re.compile(r"Write|Then |(?:The|Your) (?:answer|section|table|picture|cell)|Below|Both answers") # not for a slide
+TOLD = re.compile(r"(?:The|Your|To the) (?:answer|prediction|picture|curve|bar|line|film|strip|clip)|Above|Left|Right|Both|In the ")
 ABBREVIATION = re.compile(r"\b(?:Eq|Fig|Tab|Sec|e\.g|i\.e|vs|et al)\.$")
 
 
@@ -78,18 +81,40 @@ def prediction(text):
     "What a text asks the reader to predict, or nothing."
     for paragraph in prose(text):
         found = re.search(r"\*\*Predict(?: first)?[.:]?\*\*[.:,]?\s*(.*)", paragraph)
-        if found: return " ".join(s for s in sentences(found[1]) if not re.match(r"Write|Then ", s))
+        if found: return " ".join(s for s in sentences(found[1]) if not REMARK.match(s))
     return ""
 
 
 def answer_to(text):
-    "The answer that a text gives to the prediction before it: its first sentences, or nothing."
+    "What a text says of the picture above it, or answers to the prediction: its first sentences, or nothing."
     for paragraph in prose(text)[:2]:
-        if re.match(r"(The|Your|To the) (answer|prediction)", paragraph): return " ".join(sentences(paragraph)[:2])
+        if TOLD.match(paragraph): return " ".join(sentences(paragraph)[:2])
     return ""
 
 
+def before_formula(text, formula):
+    "The sentence that leads to a formula, or the first one of the text."
+    for paragraph in reversed(re.split(r"\n\s*\n", text.split(formula)[0])):
+        if found := prose(paragraph): return sentences(found[-1])[-1]
+    return first_sentence(text)
+
+
 # Pictures
+
+MATHTEXT = ((r"\lVert", r"\|"), (r"\rVert", r"\|"), (r"\dots", r"\ldots"), (r"\tfrac", r"\frac"), (r"\big(", "("), (r"\big)", ")"),
+            (r"\Big(", r"("), (r"\Big)", ")"), (r"\big[", "["), (r"\big]", "]"), (r"\Big[", "["), (r"\Big]", "]"), (r"\!", ""))
+
+def formula_html(formula):
+    "A formula as a picture where matplotlib can set it; else as it is written, for MathJax."
+    from matplotlib.mathtext import math_to_image
+    tex = " ".join(formula.strip("$").split())
+    for ours, theirs in MATHTEXT: tex = tex.replace(ours, theirs)
+    tex = re.sub(r"\\(mathbb|mathcal|hat|bar|tilde|sqrt)[ ]([A-Za-z])", r"\\\1{\2}", tex)
+    try: math_to_image(f"${tex}$", made := io.BytesIO(), format="svg", dpi=72)
+    except ValueError: return f'<div class="formula">{html.escape(formula)}</div>'
+    picture = base64.b64encode(made.getvalue()).decode()
+    return f'<img class="set" alt="{html.escape(formula)}" src="data:image/svg+xml;base64,{picture}">'
+
 
 def films(text):
     "How many films or pictures an HTML output holds."
@@ -161,8 +186,7 @@ def picture_slides(title, cells):
             before = source(cell)
             if asked := prediction(before): found.append(Slide(title, asked, "ask", notes=before))
             for formula in re.findall(r"\$\$.*?\$\$", before, re.S)[:2]:
-                found.append(Slide(title, first_sentence(before), show=f'<div class="formula">{html.escape(formula)}</div>',
-                                   notes=before))
+                found.append(Slide(title, before_formula(before, formula), show=formula_html(formula), notes=before))
             continue
         after = source(cells[i + 1]) if i + 1 < len(cells) and cells[i + 1]["cell_type"] == "markdown" else ""
         for picture in pictures(cell):
@@ -217,7 +241,7 @@ def main():
     for path in masters(chosen.prefixes):
         nb = json.loads(path.read_text(encoding="utf-8"))
         (out/f"{path.stem}.html").write_text(page(nb, chosen.mathjax), encoding="utf-8")
-        n = sum("<img" in s.show or "<video" in s.show for s in slides_of(nb))
+        n = sum(bool(re.search("<video|image/png|image/gif|class=.film", s.show)) for s in slides_of(nb))
         print(f"slides: {path.stem}: {len(slides_of(nb))}, {n} with a picture", flush=True)
         if not n: empty.append(path.name)
     if empty: sys.exit(f"slides: no pictures in {', '.join(empty)}: run the masters first, so that they hold their outputs")
