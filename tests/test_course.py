@@ -287,6 +287,8 @@ def test_a_formula_is_set_where_it_can_be():
     formula = deck()[5]
     assert formula.say == "This leads to it:" and "image/svg+xml" in formula.show
     assert "$$" in slides.formula_html("$$\\begin{cases} a \\end{cases}$$") # matplotlib cannot: left for MathJax
+    inline = slides.line("It is $\\tau < 1$, not `$x`.")
+    assert inline.startswith("It is <img") and "<code>$x</code>" in inline and "vertical-align" in inline
 
 def test_each_question_is_a_slide_whose_answer_opens():
     first, second = deck()[-2:]
@@ -341,6 +343,15 @@ def test_instructors_pages_name_what_exists(page):
     exercises = {name for p in MASTERS for kind, name, _ in map(editions.directive, cells_of(p)) if kind == "graded"}
     named = re.findall(r"`check\.(\w+)`", text)
     assert [p for p in links if not (page.parent/p).exists()] == [] and set(named) <= exercises, set(named) - exercises
+
+def test_notes_name_sections_that_exist():
+    text = (INSTRUCTOR/"teaching_notes.md").read_text(encoding="utf-8").split("## In the room")[0]
+    for number, met in re.findall(r"(?m)^\| (\d\d) \|.*\| ([^|]+) \|$", text):
+        (path,) = [p for p in MASTERS if p.name.startswith(number)]
+        headings = re.findall(r"(?m)^#{1,2} (.+)", text_of(path, "markdown"))
+        for name in re.findall(r"\*([^*]+)\*", met):
+            assert any(h.startswith(name) for h in headings), f"{number}: no section {name}"
+        for name in re.findall(r"`check\.(\w+)`", met): assert f"#| graded {name} " in text_of(path), f"{number}: {name}"
 
 def test_every_tutorial_has_misconceptions():
     text = (INSTRUCTOR/"teaching_notes.md").read_text(encoding="utf-8").split("## In the room")[0]

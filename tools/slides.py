@@ -2,8 +2,8 @@
 
 No code, no cell. A section gives a slide per picture that its cells left in the master: the heading, a sentence, the
 picture or film, and the answer where the text gives one. A prediction, a formula, an exercise and each question of the
-quiz are slides, too. The tutorial's own text stands in the notes (key n). A page is one file; it fetches MathJax for
-its formulas and nothing else, and without a network formulas stay as they are written.
+quiz are slides, too. The tutorial's own text stands in the notes (key n). A page is one file. Formulas are pictures;
+for the few that matplotlib cannot set it fetches MathJax, and without a network these stay as they are written.
 """
 import argparse
 import base64
@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from string import Template
 
@@ -40,10 +41,43 @@ class Slide:
     notes: str = "" # markdown
 
 
+# Formulas
+
+MATHTEXT = ((r"\lVert", r"\|"), (r"\rVert", r"\|"), (r"\dots", r"\ldots"), (r"\tfrac", r"\frac"), (r"\!", ""), (r"\lvert", "|"),
+            (r"\rvert", "|"), (r"\big", ""), (r"\Big", ""), (r"\bigl", ""), (r"\bigr", "")) # what matplotlib does not know
+
+
+@cache
+def formula_html(formula):
+    "A formula as a picture as large as its text, where matplotlib can set it; else as it is written, for MathJax."
+    tex = " ".join(formula.strip("$").split())
+    for ours, theirs in MATHTEXT: tex = re.sub(re.escape(ours) + "(?![a-z])", lambda _, to=theirs: to, tex)
+    tex = re.sub(r"\\(mathbb|mathcal|hat|bar|tilde|sqrt) ?([A-Za-z])(?![A-Za-z])", r"\\\1{\2}", tex)
+    try: picture, style = set_formula(f"${tex}$")
+    except ValueError: return html.escape(formula)
+    return f'<img class="set" style="{style}" alt="{html.escape(formula)}" src="data:image/svg+xml;base64,{picture}">'
+
+
+def set_formula(text, size=20):
+    "(picture in base64, its size and place on the line in units of the text's); ValueError for what cannot be set."
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.mathtext import MathTextParser
+    width, height, depth, *_ = MathTextParser("path").parse(text, dpi=72, prop=(font := FontProperties(size=size)))
+    figure = Figure(figsize=((width + 2)/72, (height + 2)/72))
+    figure.text(1/(width + 2), (depth + 1)/(height + 2), text, fontproperties=font)
+    figure.savefig(made := io.BytesIO(), format="svg", transparent=True)
+    style = f"height: {(height + 2)/size:.3f}em; vertical-align: {-(depth + 1)/size:.3f}em"
+    return base64.b64encode(made.getvalue()).decode(), style
+
+
 def rendered(text):
-    "Markdown as HTML; formulas stay between their dollars."
+    "Markdown as HTML; formulas outside of code as pictures."
     from nbconvert.filters import markdown2html
-    return markdown2html(text)
+    parts = re.split(r"(<code.*?</code>|<pre.*?</pre>)", markdown2html(text), flags=re.S)
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(r"\$\$.+?\$\$|\$[^$\n]+\$", lambda m: formula_html(html.unescape(m[0])), parts[i], flags=re.S)
+    return "".join(parts)
 
 
 def line(text):
@@ -63,7 +97,7 @@ def prose(text):
 def sentences(paragraph):
     "A paragraph's sentences; a full stop inside a formula, code or an abbreviation ends none."
     found, start = [], 0
-    for match in re.finditer(r"[.?!:][*)]*\s+(?=[*(`$\"]*[A-Z])", paragraph):
+    for match in re.finditer(r"[.?!:][*)]*\s+(?=[*(\"]*[A-Z`$])", paragraph):
         piece = paragraph[start:match.end()].strip()
         if piece[-1] == ":" or ABBREVIATION.search(piece) or piece.count("$") % 2 or piece.count("`") % 2: continue
         found, start = [*found, piece], match.end()
@@ -100,21 +134,6 @@ def before_formula(text, formula):
 
 
 # Pictures
-
-MATHTEXT = ((r"\lVert", r"\|"), (r"\rVert", r"\|"), (r"\dots", r"\ldots"), (r"\tfrac", r"\frac"), (r"\big(", "("), (r"\big)", ")"),
-            (r"\Big(", r"("), (r"\Big)", ")"), (r"\big[", "["), (r"\big]", "]"), (r"\Big[", "["), (r"\Big]", "]"), (r"\!", ""))
-
-def formula_html(formula):
-    "A formula as a picture where matplotlib can set it; else as it is written, for MathJax."
-    from matplotlib.mathtext import math_to_image
-    tex = " ".join(formula.strip("$").split())
-    for ours, theirs in MATHTEXT: tex = tex.replace(ours, theirs)
-    tex = re.sub(r"\\(mathbb|mathcal|hat|bar|tilde|sqrt)[ ]([A-Za-z])", r"\\\1{\2}", tex)
-    try: math_to_image(f"${tex}$", made := io.BytesIO(), format="svg", dpi=72)
-    except ValueError: return f'<div class="formula">{html.escape(formula)}</div>'
-    picture = base64.b64encode(made.getvalue()).decode()
-    return f'<img class="set" alt="{html.escape(formula)}" src="data:image/svg+xml;base64,{picture}">'
-
 
 def films(text):
     "How many films or pictures an HTML output holds."
@@ -186,7 +205,7 @@ def picture_slides(title, cells):
             before = source(cell)
             if asked := prediction(before): found.append(Slide(title, asked, "ask", notes=before))
             for formula in re.findall(r"\$\$.*?\$\$", before, re.S)[:2]:
-                found.append(Slide(title, before_formula(before, formula), show=formula_html(formula), notes=before))
+                found.append(Slide(title, before_formula(before, formula), show=f'<div class="formula">{formula_html(formula)}</div>', notes=before))
             continue
         after = source(cells[i + 1]) if i + 1 < len(cells) and cells[i + 1]["cell_type"] == "markdown" else ""
         for picture in pictures(cell):
