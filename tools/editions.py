@@ -1,7 +1,7 @@
 """Two editions of each tutorial.
 
 tutorials/NN_*.ipynb (the master) -> tutorials/student (no solutions) and tutorials/solved (no marks).
-Also the tables made from the tutorials, in the README and in the instructor's pages: minutes, needs, the reader's path.
+Also the tables made from them, in the README and in the instructor's pages: minutes, needs, the reader's path.
 
 python tools/editions.py [PREFIX ...]          write them, and nbgrader's cell metadata into the masters
 python tools/editions.py --check [PREFIX ...]  say what is out of step, and exit 1 if anything is
@@ -194,7 +194,7 @@ def tables(root=ROOT):
     "Pages with tables made from the tutorials: path -> text."
     minutes, needs = ("".join(map(row, masters(root=root))) for row in (tutorial_row, needs_row))
     made = {"tutorials": f"| | tutorial | about | read | run | do |\n|---|---|---|---|---|---|\n{minutes}",
-            "needs": f"| | tutorial | you know already | exercises | points | longest, lines |\n|---|---|---|---|---|---|\n{needs}",
+            "needs": f"| | tutorial | you know already | exercises | points | longest, lines |\n{'|---'*6}|\n{needs}",
             "reader": readers_path(root)}
     pages = {root/name: (root/name).read_text(encoding="utf-8") for name in PAGES if (root/name).is_file()}
     for name, table in made.items():

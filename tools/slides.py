@@ -25,7 +25,8 @@ FORMULAS = """<script>MathJax = {{ tex: {{ inlineMath: [["$", "$"]] }} }}</scrip
 <script async src="{}"></script>"""
 LEFT_OUT = ("Set-up", "What we left out") # sections without slides
 REMARK = re.compile(r"Write|Then |(?:The|Your) (?:answer|section|table|picture|cell)|Below|Both answers") # not for a slide
-TOLD = re.compile(r"(?:The|Your|To the) (?:answer|prediction|picture|curve|bar|line|film|strip|clip)|Above|Left|Right|Both|In the ")
+TOLD = re.compile(r"(?:The|Your|To the) (?:answer|prediction|picture|curve|bar|line|film|strip|clip)|"
+                  "Above|Left|Right|Both|In the ") # what a text says of the picture above it
 ABBREVIATION = re.compile(r"\b(?:Eq|Fig|Tab|Sec|e\.g|i\.e|vs|et al)\.$")
 
 
@@ -43,8 +44,12 @@ class Slide:
 
 # Formulas
 
-MATHTEXT = ((r"\lVert", r"\|"), (r"\rVert", r"\|"), (r"\dots", r"\ldots"), (r"\tfrac", r"\frac"), (r"\!", ""), (r"\lvert", "|"),
-            (r"\rvert", "|"), (r"\big", ""), (r"\Big", ""), (r"\bigl", ""), (r"\bigr", "")) # what matplotlib does not know
+# what matplotlib does not know, and what it may have instead
+MATHTEXT = ((r"\lVert", r"\|"), (r"\rVert", r"\|"), (r"\lvert", "|"), (r"\rvert", "|"), (r"\dots", r"\ldots"),
+            (r"\tfrac", r"\frac"), (r"\!", ""), (r"\big", ""), (r"\Big", ""), (r"\bigl", ""), (r"\bigr", ""))
+
+
+FORMULA = re.compile(r"\$\$.+?\$\$|\$[^$\n]+\$", re.S)
 
 
 @cache
@@ -76,7 +81,7 @@ def rendered(text):
     from nbconvert.filters import markdown2html
     parts = re.split(r"(<code.*?</code>|<pre.*?</pre>)", markdown2html(text), flags=re.S)
     for i in range(0, len(parts), 2):
-        parts[i] = re.sub(r"\$\$.+?\$\$|\$[^$\n]+\$", lambda m: formula_html(html.unescape(m[0])), parts[i], flags=re.S)
+        parts[i] = FORMULA.sub(lambda m: formula_html(html.unescape(m[0])), parts[i])
     return "".join(parts)
 
 
@@ -193,7 +198,8 @@ def quiz_slides(title, cells):
     for number, part in enumerate(re.split(r"(?m)^\*\*[123]\.\*\* ", text.split("<details>")[0])[1:]):
         question, *options = re.split(r"\s\((?=[abc]\) )", " ".join(part.split()))
         answer = answers[number].strip() if number < len(answers) else ""
-        found.append(Slide(f"{title}, question {number + 1}", question, options=[f"({o}" for o in options], answer=answer))
+        options = [f"({option}" for option in options]
+        found.append(Slide(f"{title}, question {number + 1}", question, options=options, answer=answer))
     return found
 
 
@@ -205,7 +211,8 @@ def picture_slides(title, cells):
             before = source(cell)
             if asked := prediction(before): found.append(Slide(title, asked, "ask", notes=before))
             for formula in re.findall(r"\$\$.*?\$\$", before, re.S)[:2]:
-                found.append(Slide(title, before_formula(before, formula), show=f'<div class="formula">{formula_html(formula)}</div>', notes=before))
+                large = f'<div class="formula">{formula_html(formula)}</div>'
+                found.append(Slide(title, before_formula(before, formula), show=large, notes=before))
             continue
         after = source(cells[i + 1]) if i + 1 < len(cells) and cells[i + 1]["cell_type"] == "markdown" else ""
         for picture in pictures(cell):
@@ -235,7 +242,8 @@ def slide_html(slide):
     head = "h1" if slide.kind == "title" else "h2"
     parts = [f"<{head}>{line(slide.title)}</{head}>"]
     if slide.say: parts.append(f'<p class="{slide.kind}">{line(slide.say)}</p>')
-    if slide.options: parts.append('<ul class="options">' + "".join(f"<li>{line(o)}</li>" for o in slide.options) + "</ul>")
+    options = "".join(f"<li>{line(option)}</li>" for option in slide.options)
+    if options: parts.append(f'<ul class="options">{options}</ul>')
     if slide.show: parts.append(f'<div class="show">{slide.show}</div>')
     if slide.answer: parts.append(f'<p class="answer">{line(slide.answer)}</p>')
     if slide.notes: parts.append(f"<aside>{rendered(slide.notes)}</aside>")
@@ -263,7 +271,7 @@ def main():
         n = sum(bool(re.search("<video|image/png|image/gif|class=.film", s.show)) for s in slides_of(nb))
         print(f"slides: {path.stem}: {len(slides_of(nb))}, {n} with a picture", flush=True)
         if not n: empty.append(path.name)
-    if empty: sys.exit(f"slides: no pictures in {', '.join(empty)}: run the masters first, so that they hold their outputs")
+    if empty: sys.exit(f"slides: {', '.join(empty)} hold no pictures: run the masters first, so that they do")
     print(f"slides: open {out}/*.html; right arrow: on, n: notes")
 
 

@@ -55,7 +55,8 @@ def main():
         print(f"{defect}: a clean clip scores {whole:+.3f} above the spoilt one")
         for i, tau in enumerate(TAUS):
             mean, low, high = paired_bootstrap(scores[:, 0], scores[:, 2 + i])
-            print(f"  tau {tau:.1f}: score {mean:+.3f} ({low:+.3f} .. {high:+.3f}), likeness to the clean clip {kept[:, i].mean():.2f}")
+            said = f"score {mean:+.3f} ({low:+.3f} .. {high:+.3f}), likeness to the clean clip {kept[:, i].mean():.2f}"
+            print(f"  tau {tau:.1f}: {said}")
 
 
 if __name__ == "__main__": main()
