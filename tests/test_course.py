@@ -352,7 +352,8 @@ def test_notes_name_sections_that_exist():
         headings = re.findall(r"(?m)^#{1,2} (.+)", text_of(path, "markdown"))
         for name in re.findall(r"\*([^*]+)\*", met):
             assert any(h.startswith(name) for h in headings), f"{number}: no section {name}"
-        for name in re.findall(r"`check\.(\w+)`", met): assert f"#| graded {name} " in text_of(path), f"{number}: {name}"
+        for name in re.findall(r"`check\.(\w+)`", met):
+            assert f"#| graded {name} " in text_of(path), f"{number}: {name}"
 
 def test_every_tutorial_has_misconceptions():
     text = (INSTRUCTOR/"teaching_notes.md").read_text(encoding="utf-8").split("## In the room")[0]

@@ -10,7 +10,8 @@ matplotlib.use("Agg")
 def map_code(root=ROOT):
     "The cell of the first tutorial that draws the map."
     (first,) = masters(["01"], root)
-    return next(s for s in map(source, json.loads(first.read_text(encoding="utf-8"))["cells"]) if s.startswith("PARTS ="))
+    cells = json.loads(first.read_text(encoding="utf-8"))["cells"]
+    return next(text for text in map(source, cells) if text.startswith("PARTS ="))
 
 
 def course_map(root=ROOT):

@@ -180,7 +180,8 @@ def needs_row(path):
     known = KNOWN.search(source(cells[1]))
     points = [float(points) for kind, _, points in map(directive, cells) if kind == "graded"]
     longest = max((lines_of(m[2]) for m in SOLUTION.finditer(text)), default=0)
-    return f"| {path.name[:2]} | {title} | {known[1] if known else ''} | {len(points)} | {sum(points):g} | {longest} |\n"
+    needs = known[1] if known else ""
+    return f"| {path.name[:2]} | {title} | {needs} | {len(points)} | {sum(points):g} | {longest} |\n"
 
 
 def readers_path(root=ROOT):

@@ -24,7 +24,8 @@ MATHJAX = "https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-chtml.js"
 FORMULAS = """<script>MathJax = {{ tex: {{ inlineMath: [["$", "$"]] }} }}</script>
 <script async src="{}"></script>"""
 LEFT_OUT = ("Set-up", "What we left out") # sections without slides
-REMARK = re.compile(r"Write|Then |(?:The|Your) (?:answer|section|table|picture|cell)|Below|Both answers") # not for a slide
+# what a prediction says beside its question
+REMARK = re.compile(r"Write|Then |(?:The|Your) (?:answer|section|table|picture|cell)|Below|Both answers")
 TOLD = re.compile(r"(?:The|Your|To the) (?:answer|prediction|picture|curve|bar|line|film|strip|clip)|"
                   "Above|Left|Right|Both|In the ") # what a text says of the picture above it
 ABBREVIATION = re.compile(r"\b(?:Eq|Fig|Tab|Sec|e\.g|i\.e|vs|et al)\.$")

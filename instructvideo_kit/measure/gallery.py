@@ -9,7 +9,6 @@ __all__ = ['WIDTH', 'Gallery', 'pixel_change', 'contact_sheet', 'gallery_html', 
 import html
 import io
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
