@@ -1,7 +1,7 @@
 # make demo and make test need nothing but Python 3.10-3.13, git and make: each sets up .venv first, and finds it ready
 # the next time. make PYTHON=/path/to/python3.12 demo chooses the interpreter; ARGS passes options on: make demo ARGS="--quick"
 .DEFAULT_GOAL := help
-.PHONY: help setup wheels demo check test lint lab export editions clean-notebooks docs slides
+.PHONY: help setup wheels demo check test lint lab export editions clean-notebooks docs slides map
 ROOT_FLAG := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
 help:
@@ -13,7 +13,8 @@ help:
 	@echo "make export           notebooks -> modules, then clean the notebooks"
 	@echo "make editions         tutorials -> tutorials/student and tutorials/solved"
 	@echo "make docs             the documentation site: build/site/index.html (says what to install first)"
-	@echo "make slides           a reveal.js presentation of each tutorial: build/slides"
+	@echo "make slides           a presentation of each tutorial, pictures and a sentence: build/slides"
+	@echo "make map              the map of the course as a picture: tutorials/pictures/map.png"
 	@echo "make clean-notebooks  remove what does not belong into a commit"
 	@echo "make setup            .venv with the pinned packages; the others call it. On Linux without an NVIDIA card torch's CPU build"
 	@echo "                      comes from TORCH_INDEX=https://download.pytorch.org/whl/cpu; OFFLINE=folder: without a network; UV=0: no uv"
@@ -53,7 +54,8 @@ clean-notebooks: setup
 docs: setup
 	@.venv/bin/python tools/docs.py
 
-# REVEAL is where the presentation finds reveal.js: an address, or a folder beside the slides for a room without internet.
-REVEAL ?= https://cdn.jsdelivr.net/npm/reveal.js@4.6.1
 slides: setup
-	@.venv/bin/python tools/slides.py --reveal '$(REVEAL)'
+	@.venv/bin/python tools/slides.py
+
+map: setup
+	@.venv/bin/python tools/course_map.py

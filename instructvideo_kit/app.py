@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['best_device', 'placement', 'open_judge', 'held_out', 'menagerie_clips', 'open_clips', 'open_oracle', 'find_lora',
            'choose_run', 'for_card', 'watched', 'tune_run', 'preview_run', 'evaluate_before_after',
-           'evaluation_captions', 'compare_run', 'draw_samples', 'write_samples', 'ship', 'ship_policy']
+           'evaluation_captions', 'compare_run', 'draw_samples', 'write_samples', 'gallery_runs', 'about_run',
+           'make_gallery', 'ship', 'ship_policy']
 
 # %% ../nbs/93_app.ipynb #ca9a0004
 import io
@@ -19,6 +20,7 @@ import yaml
 
 from .files import KitError, borrowed, need, read_lines, shipped, write_atomic
 from .measure.evaluate import evaluate, prompt_noise
+from .measure.gallery import Gallery
 from .measure.report import save_comparison
 from .menagerie.captions import GROUPS, prompts, scenes
 from .menagerie.defects import render
@@ -32,7 +34,7 @@ from .tuning.algorithm import find, tune
 from .tuning.config import algorithms, load_preset, preset_header, preset_paths
 from .tuning.memory import check_memory, with_memory_preset
 from .tuning.rollouts import clip_judge, clip_scores
-from .tuning.run_folder import RunFolder
+from .tuning.run_folder import RunFolder, read_log
 from .tuning.stream import hold_out
 from .tuning.watch import held_out_evaluation
 from .video import ClipFolder, film_strip, write_video
@@ -279,6 +281,70 @@ def write_samples(
     film_strip(videos[:8], scale=max(1, 96//size), labels=captions[:8]).save(buffer, "PNG")
     write_atomic(out/"strip.png", buffer.getvalue())
     return [*paths, out/"strip.png"]
+
+# %% ../nbs/93_app.ipynb #ca9a0021
+def gallery_runs(
+    given:Sequence[str], # run folders, folders of run folders, NAME=FOLDER
+)->dict[str, Path]: # name -> run folder, in this order
+    "The runs of a gallery; a later NAME renames; KitError for a folder without a LoRA, or one name for two runs."
+    names = {} # run folder -> its name
+    for text in given:
+        name, path = ("", text) if Path(text).exists() else text.rpartition("=")[::2]
+        folders = _with_lora(Path(path))
+        need(not name or len(folders) == 1, f'"{text}" names {len(folders)} runs at once; give NAME=FOLDER for each')
+        for folder in folders: names[folder] = name or names.get(folder) or folder.resolve().name
+    found = {name: folder for folder, name in names.items()}
+    twice = [name for folder, name in names.items() if found[name] != folder]
+    need(not twice, f'two runs are called "{"".join(twice[:1])}"; give one of them another name with NAME=FOLDER')
+    return found
+
+def _with_lora(path):
+    "The folder itself where it is a run, else those in it that are."
+    try: return find_lora(path) and [path]
+    except KitError:
+        inside = [p for p in sorted(path.glob("*/")) if any((p/where/LORA_FILE).is_file() for where in ("", "lora"))]
+        if inside: return inside
+        raise
+
+def about_run(
+    name:str, # of an algorithm, or anything
+    run:str|Path, # its folder
+)->str:
+    "A line on a run: what the algorithm does, where the name is one, and the steps it took."
+    _, config = find_lora(run)
+    known, rows = algorithms().get(name), read_log(run)
+    steps = rows[-1]["step"] if rows else config.get("steps")
+    facts = [f"{steps} steps" if steps else "", f"judge: {config['reward']}" if "reward" in config else ""]
+    return ". ".join(part for part in (known.about if known else "", ", ".join(filter(None, facts))) if part) + "."
+
+# %% ../nbs/93_app.ipynb #ca9a0023
+def make_gallery(
+    given:Sequence[str], # as for `gallery_runs`
+    policy:str|None=None, # None: the one that the runs tuned
+    captions:Path|None=None, # text file, one per line; None: held-out ones of the menagerie
+    n:int=4, # captions, the first ones
+    n_ddim:int=20, # D
+    guidance:float|None=None, # None: the policy's own
+    seed:int=0, # of the start noise
+)->Gallery:
+    "Draw the same captions and noise with the untuned policy and with each run; KitError for runs of two policies."
+    runs = gallery_runs(given)
+    policies = {policy} if policy else {find_lora(run)[1].get("policy", "menagerie") for run in runs.values()}
+    need(len(policies) == 1, f"the runs tuned {len(policies)} policies ({', '.join(sorted(policies))}); "
+         "make a gallery for each")
+    policy = policies.pop()
+    jobs = [(caption, seed) for caption in _first_captions(policy, captions, n)]
+    clips = {name: draw_samples(policy, run, jobs, n_ddim, guidance).float().cpu()
+             for name, run in {"": None, **runs}.items()}
+    source = captions or "the evaluation split"
+    how = f"{n_ddim} DDIM steps, noise of seed {seed}, the first {len(jobs)} captions of {source}."
+    about = {name: about_run(name, run) for name, run in runs.items()}
+    return Gallery([caption for caption, _ in jobs], clips.pop(""), clips, about, how)
+
+def _first_captions(policy, path, n):
+    "The first captions to draw, in the order in which they are evaluated."
+    every = evaluation_captions(path, VideoPolicy.from_pretrained(policy))
+    return (sum(every.values(), []) if isinstance(every, dict) else every)[:n]
 
 # %% ../nbs/93_app.ipynb #ca9a0011
 def ship(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HERE', 'plain', 'app', 'menagerie', 'Policy', 'Reward', 'Seed', 'Steps', 'PARTS', 'mendable', 'one_line', 'Friendly',
-           'prepare', 'parse_set', 'slug', 'options', 'demo', 'tune', 'sample', 'evaluate', 'train', 'export', 'show',
-           'reproduce', 'tutorials', 'doctor', 'main']
+           'prepare', 'parse_set', 'slug', 'options', 'demo', 'tune', 'sample', 'evaluate', 'gallery', 'train',
+           'export', 'show', 'reproduce', 'tutorials', 'doctor', 'main']
 
 # %% ../nbs/95_cli.ipynb #77e2166e
 import os
@@ -227,6 +227,27 @@ def evaluate(
     seeds_used = range(seed, seed + seeds)
     comparison, folder = compare_run(run, policy, reward, prompts, seeds_used, steps, out, note, guidance)
     typer.echo("\n".join([str(comparison), "", *verdict(comparison), f"saved in {folder}"]))
+
+# %% ../nbs/95_cli.ipynb #fb3fc8cb
+@app.command()
+def gallery(
+    runs: Annotated[list[str], typer.Argument(
+        help="Run folders, folders of run folders such as tutorials/logs, or NAME=FOLDER.")],
+    out: Annotated[Path, typer.Option(help="Folder for gallery.html and gallery.png.")] = Path("runs/gallery"),
+    policy: Policy = None,
+    prompts: Annotated[Path | None, typer.Option(
+        help="Text file, one caption per line; default: the menagerie's.")] = None,
+    n: Annotated[int, typer.Option(min=1, help="Captions: the first ones.")] = 4,
+    steps: Steps = 20,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the policy's own by default.")] = None,
+    seed: Seed = 0,
+):
+    "Show what several runs do to the same clips: a page with films before and after, and a contact sheet."
+    prepare()
+    from instructvideo_kit.app import make_gallery
+    from instructvideo_kit.measure.gallery import write_gallery
+    drawn = make_gallery(runs, policy, prompts, n, steps, guidance, seed)
+    for path in write_gallery(out, drawn): typer.echo(path)
 
 # %% ../nbs/95_cli.ipynb #feff3c36
 PARTS = { # part -> where it is shipped; an autoencoder is shipped inside the policies

@@ -251,24 +251,114 @@ def test_classes_show_fields_and_methods():
     assert "### InstructVideo.step" in page and "| `positions` |" in page and "### InstructVideoConfig.check" in page
 
 slides = tool("slides", "tools/slides.py")
+PIXEL = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg==")
 
-def test_slides_open_at_headings_and_leave_the_machinery_out():
+def drawn(text, **data): return {**cell(text), "outputs": [dict(output_type="display_data", data=data)]}
+
+def deck():
+    "Slides of a small tutorial: a picture, a film, a table of numbers, an exercise, a formula, a quiz."
+    film = "<div><video src='x'></video><video src='y'></video></div>"
     nb = small()
-    nb["cells"].insert(2, cell("some text\n\n## A heading\n\nmore", "markdown"))
-    made = slides.as_slides(nb)["cells"]
-    kinds = {editions.source(c).split("\n")[0]: c["metadata"]["slideshow"]["slide_type"] for c in made}
-    assert kinds["# Title"] == kinds["## A heading"] == "slide" and kinds["some text"] == "subslide"
-    assert (kinds["#| setup"] == kinds["#| graded double 2"]
-            == kinds["<details><summary>Hint 1</summary>Twice.</details>"] == "skip")
-    assert "2 * x" not in "".join(editions.source(c) for c in made) and len({c["id"] for c in made}) == len(made)
+    nb["cells"][1:1] = [
+        cell("**Predict first.** Is it red, or is it blue? Write it down.", "markdown"),
+        cell("## A picture\n\nIt is e.g. red. More.\n\n**Predict:** what colour? The answer comes below.", "markdown"),
+        drawn("plot()", **{"image/png": PIXEL, "text/plain": "<Figure>"}),
+        cell("The answer: it is blue. And so on.", "markdown"),
+        drawn("table()", **{"text/html": "<table></table>"}), drawn("show()", **{"text/html": film}),
+        cell("## A formula\n\nFirst. This leads to it:\n\n$$\\bar\\alpha_t = \\frac{a}{b}$$", "markdown")]
+    nb["cells"] += [cell("## Quiz\n\n**1.** Why? (a) So. (b) No.\n\n**2.** What? (a) It. (b) Else.", "markdown"),
+                    cell("<details><summary>Answer</summary>1 a: so. 2 b: else.</details>", "markdown")]
+    return slides.slides_of(nb)
 
-def test_slides_need_no_require_js():
-    page = ('<script src="https://x/require.min.js"></script><script '
-            'src="https://x/jquery.min.js"></script>text<script>\nrequire(\n {}, function(R){ R.initialize({}) '
-            '});\n</script></html>')
-    made = slides.start_plainly(page, "reveal.js")
-    assert "require" not in made and "jquery" not in made
-    assert 'src="reveal.js/dist/reveal.js"' in made and made.startswith("text")
+def test_slides_are_pictures_and_a_sentence():
+    made = deck()
+    seen = [(s.title, s.say, s.kind) for s in made]
+    assert seen[:3] == [("Title", "subtitle", "title"), ("Predict first", "Is it red, or is it blue?", "ask"),
+                        ("A picture", "what colour?", "ask")]
+    picture, film = made[3], made[4]
+    assert PIXEL in picture.show and picture.say == "It is e.g. red."
+    assert picture.answer == "The answer: it is blue. And so on."
+    assert film.show.count("<video") == 2 and not any("<table>" in s.show for s in made)
+
+def test_slides_hold_no_code():
+    text = "".join(map(slides.slide_html, deck()))
+    assert not any(word in text for word in ("plot()", "def my_double", "check.double", "<pre>", "doctor"))
+
+def test_a_formula_is_set_where_it_can_be():
+    formula = deck()[5]
+    assert formula.say == "This leads to it:" and "image/svg+xml" in formula.show
+    assert "$$" in slides.formula_html("$$\\begin{cases} a \\end{cases}$$") # matplotlib cannot: left for MathJax
+    inline = slides.line("It is $\\tau < 1$, not `$x`.")
+    assert inline.startswith("It is <img") and "<code>$x</code>" in inline and "vertical-align" in inline
+
+def test_each_question_is_a_slide_whose_answer_opens():
+    first, second = deck()[-2:]
+    assert first.options == ["(a) So.", "(b) No."] and first.answer == "1 a: so." and second.answer == "2 b: else."
+    assert '<p class="answer">' in slides.slide_html(first)
+
+def test_sentences_end_where_they_end():
+    text = "See Eq. (3). It holds for $a. B$ too! What is `x. Y`? Yes."
+    assert slides.sentences(text) == ["See Eq. (3).", "It holds for $a. B$ too!", "What is `x. Y`?", "Yes."]
+
+@every_master
+def test_slides_of_each_tutorial(path):
+    made = slides.slides_of(json.loads(path.read_text(encoding="utf-8")))
+    exercises = [c for c in cells_of(path) if editions.directive(c)[0] == "graded"]
+    assert made[0].kind == "title" and made[1].kind == "ask" and all(s.title for s in made)
+    assert sum("question" in s.title for s in made) == 3 and all(s.answer for s in made if "question" in s.title)
+    assert sum(s.title.startswith("Exercise") and not s.show for s in made) >= len(exercises)
+
+# The map of the course, and what each tutorial needs
+
+course_map = tool("course_map", "tools/course_map.py")
+
+@pytest.fixture(scope="module")
+def drawn_map(): return course_map.course_map()
+
+def test_the_map_has_every_tutorial(drawn_map):
+    assert sorted(n for part in drawn_map["PARTS"].values() for n in part) == [int(p.name[:2]) for p in MASTERS]
+
+def numbers_of(text):
+    "1, 3, 4, 5 of `tutorials 01, 03 to 05: ...`."
+    found = {int(n) for n in re.findall(r"\b(\d\d)\b", text)}
+    for first, last in re.findall(r"\b(\d\d) to (\d\d)\b", text): found |= set(range(int(first), int(last) + 1))
+    return found
+
+@every_master
+def test_arrows_of_the_map_lead_to_all_that_a_card_asks_for(path, drawn_map):
+    known = editions.KNOWN.search(editions.source(cells_of(path)[1]))[1]
+    missing = numbers_of(known) - course_map.needed(drawn_map["NEEDS"], int(path.name[:2]))
+    assert not missing, f"the card asks for {sorted(missing)}, to which no arrow leads back"
+
+def test_numbers_on_a_card_are_read():
+    assert numbers_of("tutorials 01, 03 to 05 and 08: noise") == {1, 3, 4, 5, 8} and numbers_of("nothing") == set()
+
+def test_needed_follows_arrows(): assert course_map.needed(((2, 3), (3, 4), (5, 6)), 4) == {1, 2, 3}
+
+INSTRUCTOR = ROOT/"tutorials/instructor"
+
+@pytest.mark.parametrize("page", sorted(INSTRUCTOR.glob("*.md")), ids=lambda p: p.stem)
+def test_instructors_pages_name_what_exists(page):
+    text = page.read_text(encoding="utf-8")
+    links = [p for p in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in p]
+    exercises = {name for p in MASTERS for kind, name, _ in map(editions.directive, cells_of(p)) if kind == "graded"}
+    named = re.findall(r"`check\.(\w+)`", text)
+    assert [p for p in links if not (page.parent/p).exists()] == [] and set(named) <= exercises, set(named) - exercises
+
+def test_notes_name_sections_that_exist():
+    text = (INSTRUCTOR/"teaching_notes.md").read_text(encoding="utf-8").split("## In the room")[0]
+    for number, met in re.findall(r"(?m)^\| (\d\d) \|.*\| ([^|]+) \|$", text):
+        (path,) = [p for p in MASTERS if p.name.startswith(number)]
+        headings = re.findall(r"(?m)^#{1,2} (.+)", text_of(path, "markdown"))
+        for name in re.findall(r"\*([^*]+)\*", met):
+            assert any(h.startswith(name) for h in headings), f"{number}: no section {name}"
+        for name in re.findall(r"`check\.(\w+)`", met):
+            assert f"#| graded {name} " in text_of(path), f"{number}: {name}"
+
+def test_every_tutorial_has_misconceptions():
+    text = (INSTRUCTOR/"teaching_notes.md").read_text(encoding="utf-8").split("## In the room")[0]
+    rows = re.findall(r"(?m)^\| (\d\d) \|", text)
+    assert all(rows.count(p.name[:2]) >= 2 for p in MASTERS), sorted(rows)
 
 @every_master
 def test_quiz_is_of_the_usual_form(path):

@@ -1,7 +1,7 @@
 """Two editions of each tutorial.
 
 tutorials/NN_*.ipynb (the master) -> tutorials/student (no solutions) and tutorials/solved (no marks).
-Also the table of the tutorials in the README and in the syllabus, from their cards.
+Also the tables made from them, in the README and in the instructor's pages: minutes, needs, the reader's path.
 
 python tools/editions.py [PREFIX ...]          write them, and nbgrader's cell metadata into the masters
 python tools/editions.py --check [PREFIX ...]  say what is out of step, and exit 1 if anything is
@@ -29,8 +29,9 @@ BADGE = f"[![Open in Colab]({PICTURE})]({PLACE})"
 
 
 MINUTES = re.compile(r"\| minutes \| (\d+) to read, ([\d.]+) to run, (\d+) with the exercises \|")
-TABLE = re.compile(r"(<!-- tutorials -->\n).*?(<!-- /tutorials -->)", re.S)
-TABLES = ("README.md", "tutorials/instructor/syllabus.md") # where a table of the tutorials stands between two marks
+KNOWN = re.compile(r"\| you know already \| (.+) \|")
+TABLE = r"(<!-- {0} -->\n).*?(<!-- /{0} -->)" # a table stands between two marks with its name
+PAGES = ("README.md", "tutorials/instructor/README.md", "tutorials/instructor/syllabus.md") # where tables stand
 
 
 class Odd(ValueError): "A master that does not keep the conventions."
@@ -86,10 +87,12 @@ def problems(nb):
     return found + [f"{n} has no {'check' if n in names[0] else 'answer'}" for n in sorted(names[0] ^ names[1])]
 
 
-def budget(solution):
+def lines_of(solution):
     "How many lines a solution takes, comments aside."
-    n = sum(bool(line.strip()) and not line.strip().startswith("#") for line in solution.splitlines())
-    return f"about {n} line{'s' * (n != 1)}"
+    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in solution.splitlines())
+
+
+def budget(solution): return f"about {lines_of(solution)} line{'s' * (lines_of(solution) != 1)}"
 
 
 def stub(found): return f"{found[1]}... # your code here, {budget(found[2])}\n"
@@ -170,12 +173,35 @@ def tutorial_row(path):
     return f"| {path.name[:2]} | {title} | {about} | {found[1]} | {found[2]} | {found[3]} |\n"
 
 
+def needs_row(path):
+    "A line of the table of needs: name, what one must know already, exercises, points, the longest solution."
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    title, text = source(cells[0]).splitlines()[0].lstrip("# "), "\n".join(map(source, cells))
+    known = KNOWN.search(source(cells[1]))
+    points = [float(points) for kind, _, points in map(directive, cells) if kind == "graded"]
+    longest = max((lines_of(m[2]) for m in SOLUTION.finditer(text)), default=0)
+    needs = known[1] if known else ""
+    return f"| {path.name[:2]} | {title} | {needs} | {len(points)} | {sum(points):g} | {longest} |\n"
+
+
+def readers_path(root=ROOT):
+    "The reader's path as tutorial 15 has it: command, minutes, what to look at; or nothing."
+    text = "\n".join(source(c) for p in masters(["15"], root) for c in json.loads(p.read_text("utf-8"))["cells"])
+    found = re.search(r"## The reader's path\n.*?\n((?:\|[^\n]*\n)+)", text, re.S)
+    return found[1] if found else ""
+
+
 def tables(root=ROOT):
-    "Pages with a table of the tutorials: path -> text."
-    rows = "".join(tutorial_row(p) for p in masters(root=root))
-    table = f"| | tutorial | about | read | run | do |\n|---|---|---|---|---|---|\n{rows}"
-    pages = {root/name: (root/name).read_text(encoding="utf-8") for name in TABLES if (root/name).is_file()}
-    return {path: TABLE.sub(lambda m: m[1] + table + m[2], text) for path, text in pages.items()}
+    "Pages with tables made from the tutorials: path -> text."
+    minutes, needs = ("".join(map(row, masters(root=root))) for row in (tutorial_row, needs_row))
+    made = {"tutorials": f"| | tutorial | about | read | run | do |\n|---|---|---|---|---|---|\n{minutes}",
+            "needs": f"| | tutorial | you know already | exercises | points | longest, lines |\n{'|---'*6}|\n{needs}",
+            "reader": readers_path(root)}
+    pages = {root/name: (root/name).read_text(encoding="utf-8") for name in PAGES if (root/name).is_file()}
+    for name, table in made.items():
+        mark = re.compile(TABLE.format(name), re.S)
+        pages = {path: mark.sub(lambda m, table=table: m[1] + table + m[2], text) for path, text in pages.items()}
+    return pages
 
 
 def strays(root=ROOT):
