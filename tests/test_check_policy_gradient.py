@@ -43,50 +43,80 @@ def by_gain(logp, old, A, clip): # the smaller of the two gains is the larger of
     ratio = (logp - old).exp()
     return -torch.minimum(A*ratio, A*torch.clamp(ratio, 1 - clip, 1 + clip))
 
-def by_gradient(ratio, A, c):
-    ratio = ratio.clone().requires_grad_()
-    torch.maximum(-A*ratio, -A*ratio.clamp(1 - c, 1 + c)).sum().backward()
-    return ratio.grad != 0
-
 def standard(r, eps, dim=1): return (r - r.mean(dim, keepdim=True))/(r.std(dim, keepdim=True, correction=0) + eps)
+
+def whole_table(r, eps): return (r - r.mean())/(r.std(correction=0) + eps)
+
+def unbiased(r, eps): return (r - r.mean(1, keepdim=True))/(r.std(1, keepdim=True) + eps)
+
+def slope(advantage=standard, power=2):
+    "The slope of a group as a learner may write it."
+    def fn(samples, mu, sigma, rewards, eps):
+        push = (samples - mu.unsqueeze(1))/sigma**power
+        return (advantage(rewards, eps).unsqueeze(-1)*push).sum(1)/samples.shape[1]
+    return fn
+
+def by_autograd(samples, mu, sigma, rewards, eps): # the gradient of mean(A log pi), asked of torch
+    mu = mu.clone().requires_grad_()
+    logp = normal(mu[:, None], sigma).log_prob(samples).sum(2)
+    return torch.autograd.grad((standard(rewards, eps)*logp).mean(1).sum(), mu)[0]
+
+def by_einsum(samples, mu, sigma, rewards, eps):
+    A = torch.stack([(row - row.mean())/(row.var(correction=0).sqrt() + eps) for row in rewards])
+    return torch.einsum("ck,ckd->cd", A, samples - mu[:, None])/(rewards.shape[1]*sigma*sigma)
+
+def steps(of, arrived="z_next"):
+    "Log-probabilities of a chain as a learner may write them."
+    def fn(model, record, schedule):
+        rows = []
+        for i, (t, t_prev) in enumerate(zip(record["t"].tolist(), record["t_prev"].tolist())):
+            mean, sigma = ddim_gaussian(record["z_t"][i], model(record["z_t"][i], t), t, t_prev, schedule)
+            rows.append(of(record[arrived][i], mean, sigma))
+        return torch.stack(rows)
+    return fn
+
+def log_density(z, m, s): return normal(m, s).log_prob(z).mean(1)
+
+def by_hand(z, m, s): return -((z - m)**2).mean(1)/(2*s**2) - math.log(s*math.sqrt(2*math.pi))
 
 def shift(m, n): return ((m - n)**2).flatten(1).mean(1)
 
+def ppo(log_ratio, A, c): return clipped(log_ratio, torch.zeros_like(log_ratio), A, c)
+
+def by_sign(p, o, m, n, s, A, c):
+    ratio = torch.exp(s*(p - o) + shift(m, n)/(2*s))
+    return -A*torch.where(A > 0, ratio.clamp(max=1 + c), ratio.clamp(min=1 - c))
+
 RIGHT = {
-    "step_probability": [
-        lambda z, m, s: normal(m, s).log_prob(z).flatten(1).mean(1),
-        lambda z, m, s: [-float(((a - b)**2).mean())/(2*s**2) - math.log(s*math.sqrt(2*math.pi)) for a, b in zip(z, m)],
-    ],
-    "relative_advantages": [
-        standard,
-        lambda r, e: torch.stack([(row - row.mean())/(row.var(correction=0).sqrt() + e) for row in r]),
-    ],
-    "unclipped": [by_gradient, lambda r, A, c: torch.where(A > 0, r <= 1 + c, r >= 1 - c)],
-    "guarded_ratio": [
-        lambda p, o, m, n, s: s*(p - o) + shift(m, n)/(2*s),
-        lambda p, o, m, n, s: (p - o + 0.5*shift(m/s, n/s))*s,
+    "group_slope": [slope(), by_autograd, by_einsum],
+    "chain_probability": [steps(log_density), steps(by_hand)],
+    "guarded_loss": [
+        lambda p, o, m, n, s, A, c: ppo((p - o + 0.5*shift(m/s, n/s))*s, A, c),
+        by_sign,
+        lambda p, o, m, n, s, A, c: by_gain(s*(p - o) + shift(m, n)/(2*s), torch.zeros_like(p), A, c),
     ],
     "grpo_update": [written(), written(term=by_gain)],
 }
 WRONG = {  # as a learner would write it, and words of the verdict
-    "step_probability": [
-        (lambda z, m, s: normal(m, s).log_prob(z).flatten(1).sum(1), "their mean"),
-        (lambda z, m, s: normal(m, s**.5).log_prob(z).flatten(1).mean(1), "for the variance"),
-        (lambda z, m, s: (-(z - m)**2/(2*s**2)).flatten(1).mean(1), "square alone"),
+    "group_slope": [
+        (slope(whole_table), "its own caption"),
+        (slope(unbiased), "K - 1"),
+        (slope(lambda r, e: standard(r, e, 0)), "rows are captions"),
+        (slope(power=1), "over the variance"),
+        (lambda x, mu, s, r, e: (standard(r, e)[..., None]*(mu[:, None] - x)/s**2).mean(1), "the sign"),
     ],
-    "relative_advantages": [
-        (lambda r, e: (r - r.mean())/(r.std(correction=0) + e), "its own caption"),
-        (lambda r, e: (r - r.mean(1, keepdim=True))/(r.std(1, keepdim=True) + e), "K - 1"),
-        (lambda r, e: standard(r, e, 0), "rows are captions"),
+    "chain_probability": [
+        (steps(lambda z, m, s: normal(m, s).log_prob(z).sum(1)), "their mean"),
+        (steps(lambda z, m, s: normal(m, s**.5).log_prob(z).mean(1)), "for the variance"),
+        (steps(lambda z, m, s: (-(z - m)**2/(2*s**2)).mean(1)), "square alone"),
+        (steps(log_density, "z_t"), "where the step began"),
+        (lambda model, record, schedule: steps(log_density)(model, record, schedule).sum(0), "sum over the steps"),
     ],
-    "unclipped": [
-        (lambda r, A, c: ((r > 1 - c) & (r < 1 + c)), "both sides"),
-        (lambda r, A, c: torch.where(A > 0, r >= 1 - c, r <= 1 + c), "sides are swapped"),
-    ],
-    "guarded_ratio": [
-        (lambda p, o, m, n, s: s*(p - o), "not centred"),
-        (lambda p, o, m, n, s: p - o + shift(m, n)/(2*s**2), "not scaled"),
-        (lambda p, o, m, n, s: s*(p - o - shift(m, n)/(2*s**2)), "added back"),
+    "guarded_loss": [
+        (lambda p, o, m, n, s, A, c: ppo(s*(p - o), A, c), "not centred"),
+        (lambda p, o, m, n, s, A, c: ppo(p - o + shift(m, n)/(2*s**2), A, c), "not scaled"),
+        (lambda p, o, m, n, s, A, c: ppo(s*(p - o - shift(m, n)/(2*s**2)), A, c), "added back"),
+        (lambda p, o, m, n, s, A, c: -A*(s*(p - o) + shift(m, n)/(2*s)).exp(), "nothing is clipped"),
     ],
     "grpo_update": [
         (written(empty=False), "zero_grad"),
@@ -96,7 +126,7 @@ WRONG = {  # as a learner would write it, and words of the verdict
         (lambda *given: written()(*given) and None, "return the loss"),
     ],
 }
-TABLES = dict(step_probability=check.LOG_PROBABILITY, relative_advantages=check.ADVANTAGES, unclipped=check.UNCLIPPED,
-              guarded_ratio=check.GUARD, grpo_update=check.GRPO_UPDATE)
+TABLES = dict(group_slope=check.GROUP_SLOPE, chain_probability=check.CHAIN_PROBABILITY, guarded_loss=check.GUARDED_LOSS,
+              grpo_update=check.GRPO_UPDATE)
 
 globals().update(asked_of(check, RIGHT, WRONG, TABLES))

@@ -458,7 +458,7 @@ def crude_clip(
         mask = torch.zeros(10, 12)
         mask[3:6, 3:6] = 1.
         cases.append((_normal(3, 10, 12, seed=i), _normal(3, 10, 12, seed=9), mask, shift, n))
-    return judge(fn, _crude(), cases, CRUDE_CLIP, "Crude on purpose: the chain mends the seams.")
+    return judge(fn, _crude(), cases, CRUDE_CLIP, "Crude on purpose: the steps of the chain smooth its edges.")
 
 # %% ../../nbs/check/13_learning.ipynb #a6559d61
 def _audit(empty=True, against=lambda g: g, cosine=torch.cosine_similarity, length=lambda g, r: g.norm()/r.norm()):

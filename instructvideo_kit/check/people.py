@@ -321,7 +321,7 @@ def win_verdict(
         sides = [[pair if j % 3 else list(map(_turned, pair)) for j, pair in enumerate(rows)] for rows in kinds]
         cases.append(tuple([pair[i] for pair in rows] for rows in sides for i in (0, 1)))
     return judge(fn, _verdict_of, cases, WIN,
-                 "Twenty pairs tell a share of three quarters from one half, and little less.")
+                 "Twenty pairs can tell a share of three quarters from one half, but hardly a smaller one.")
 
 def _turned(side): return {"first": "second", "second": "first"}.get(side, side)
 

@@ -54,7 +54,7 @@ def lever(
         _sensitivity,
         [(0.3, 0.8), (0.9, 1.0), (0.05, 0.2), (0.5, 0.5)],
         LEVER,
-        "It is minus the sine of the angle that the step walks: a step that walks nowhere cannot be steered.",
+        "It is minus the sine of the angle between the two levels; with equal levels it is 0.",
     )
 
 # %% ../../nbs/check/03_truncation.ipynb #5210217a
@@ -119,5 +119,5 @@ def truncated_chain(
         _watched(_opened(lambda i, n, k: i >= n - k)),
         [(6, 2), (6, 1), (6, 6), (5, 3), (4, 0)],
         TRUNCATED,
-        "The value is the same for every K; only what it remembers differs.",
+        "The value is the same for every K; only the recorded part of the graph differs.",
     )

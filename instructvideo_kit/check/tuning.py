@@ -182,7 +182,7 @@ def linear_tuning(
         W, starts, target = _normal(3, 3, seed=seed), _normal(2, 5, 3, seed=seed + 9), _normal(3, seed=seed + 20)
         cases.append((a[:n], b[:n], W, starts, target, k, .4))
     quiet = _rejoined(fn, lambda W: W.detach() if torch.is_tensor(W) else W)
-    return judge(quiet, _by_autograd, cases, LINEAR_TUNING, "That is all of back-propagation: parts, and a way back.")
+    return judge(quiet, _by_autograd, cases, LINEAR_TUNING, "This is what back-propagation does: the part of each step, and a gradient carried back.")
 
 # %% ../../nbs/check/06_tuning.ipynb #1003dae4
 class _Policy(torch.nn.Module):
@@ -280,7 +280,7 @@ def instructvideo_step(
     "Exercise: one training step of InstructVideo, Eq. (3) to (9), from the kit's pieces."
     mistakes = [Mistake(_twice(m.answer), m.message) for m in INSTRUCTVIDEO_STEP]
     return judge(_twice(fn), _twice(_step()), [(1, .5, 0), (2, .3, 1)], mistakes,
-                 "Two steps each, and every weight agrees. This is the paper.")
+                 "Two steps each, and every weight agrees. This is the paper's training step.")
 
 # %% ../../nbs/check/06_tuning.ipynb #200b79a0
 def _interval(change):
