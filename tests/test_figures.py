@@ -31,11 +31,12 @@ ALLOWED = { # page -> {number: why it needs no source}
     "tutorials/09_instructvideo_end_to_end.ipynb": {"0.135": "mean weight of Eq. (7) for 16 frames; a test has it"},
 }
 # page -> [(words of the sentence, file, lines of the file that may hold its numbers)]
-DEMO, BASE = "tutorials/logs/menagerie/comparison.md", "instructvideo_kit/weights/policy/menagerie/README.md"
+DEMO = "tutorials/logs/menagerie/comparison.md"
 SOURCES = {
     "README.md": [
-        ("brightness flickers a little more", DEMO, r"^\| (reward|flicker) \| all"),
-        ("the base model draws the right subject", BASE, r"^\| generated \|"),
+        ("the reward rises by", DEMO, r"^\| (reward|dullness|flicker) \| all"),
+        ("strict oracle finds the right subject", DEMO, r"^\| species \| all"),
+        ("GRPO, which never sees", "tutorials/logs/grpo/comparison.md", r"^\| (reward|species) \| all"),
         ("were counted tensor by tensor", "nbs/tuning/30_memory.ipynb", r""),
     ],
 }

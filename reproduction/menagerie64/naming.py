@@ -40,7 +40,9 @@ def draw(asked):
     if asked.renders: videos = render([parse(caption) for caption in captions], size=64)
     else:
         from instructvideo_kit.policy import VideoPolicy
+        from instructvideo_kit.policy.lora import load_lora
         policy = VideoPolicy.from_pretrained(asked.policy)
+        if asked.lora: load_lora(policy, asked.lora)
         videos = policy.generate(captions, n_ddim=20, guidance_scale=asked.guidance_scale, seed=asked.seed)
     asked.out.mkdir(parents=True, exist_ok=True)
     numbered(videos[:, min(FRAME, videos.shape[1] - 1)]).save(asked.out/"sheet.png")
@@ -64,6 +66,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("draw", "score"))
     parser.add_argument("--policy", default="menagerie")
+    parser.add_argument("--lora", type=Path, help="a tuned LoRA: does tuning keep what can be named?")
     parser.add_argument("--n", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0, help="of captions and noise")
     parser.add_argument("--guidance-scale", type=float)
