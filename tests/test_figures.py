@@ -196,11 +196,11 @@ def test_a_number_is_found_rounded_to_the_digits_it_is_written_with():
 
 def test_made_up_figures_are_noticed():
     readme = (ROOT/"README.md").read_text(encoding="utf-8")
-    assert unsourced_on_a_page("README.md", readme.replace("rises by .16", "rises by .61"))
+    assert unsourced_on_a_page("README.md", readme.replace("rises by .43", "rises by .71"))
     assert unsourced_on_a_page("README.md", f"{readme}\n\nGRPO gains .123 of reward in a minute.")
     logs = ROOT/"tutorials/logs"
     page = (logs/"README.md").read_text(encoding="utf-8")
-    assert list(unsourced_logs(page.replace("+.033", "+.044"), logs)) == ["`rwr/`"]
+    assert list(unsourced_logs(page.replace("+.087", "+.099"), logs)) == ["`grpo/`"]
     printed = dict(cell_type="code", source="", outputs=[dict(output_type="stream", text=["reward 0.4213\n"])])
     said = dict(cell_type="markdown", source="The reward is .42 now.")
     assert unsourced_in_a_notebook([printed, said]) == {}
