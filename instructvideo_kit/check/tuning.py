@@ -182,7 +182,8 @@ def linear_tuning(
         W, starts, target = _normal(3, 3, seed=seed), _normal(2, 5, 3, seed=seed + 9), _normal(3, seed=seed + 20)
         cases.append((a[:n], b[:n], W, starts, target, k, .4))
     quiet = _rejoined(fn, lambda W: W.detach() if torch.is_tensor(W) else W)
-    return judge(quiet, _by_autograd, cases, LINEAR_TUNING, "This is what back-propagation does: the part of each step, and a gradient carried back.")
+    praise = "This is what back-propagation does: the part of each step, and a gradient carried back."
+    return judge(quiet, _by_autograd, cases, LINEAR_TUNING, praise)
 
 # %% ../../nbs/check/06_tuning.ipynb #1003dae4
 class _Policy(torch.nn.Module):
