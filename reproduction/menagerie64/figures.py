@@ -1,6 +1,6 @@
-"""The policy beside drawn clips of the same captions: 256 held-out captions, one clip each, first draws.
+"""The policy beside drawn clips of the same captions: held-out captions, one clip each, first draws.
 
-    python reproduction/menagerie64/figures.py --out reproduction/menagerie64/figures.json
+    python reproduction/menagerie64/figures.py --n 64 --out reproduction/menagerie64/figures.json
     python reproduction/menagerie64/figures.py --guidance-scale 1 --out reproduction/menagerie64/figures-w1.json
 
 Writes what the oracle reads in the clips, in clean renders and in renders with the data's defects, a contact sheet of
