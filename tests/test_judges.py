@@ -78,7 +78,7 @@ def test_the_video_judge_against_finite_differences():
     gradient, = torch.autograd.grad(judge(y, [FOX.caption]).sum(), y)
     slope = sum(s * judge(x + s * 1e-4 * way, [FOX.caption]).sum().item() for s in (1, -1)) / 2e-4
     # RMSNorm and rotary positions round to float32
-    assert slope == pytest.approx((gradient * way).sum().item(), rel=1e-3)
+    assert slope == pytest.approx((gradient * way).sum().item(), rel=1e-2)
 
 
 def test_what_cannot_be_composed_is_refused():

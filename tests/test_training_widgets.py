@@ -74,7 +74,7 @@ def test_the_wall_changes_with_the_caption():
     before = panel.image.value
     assert size(before)[1] > size(bare.image.value)[1] # the curve stands below
     panel.controls["caption"].value = "a dog"
-    assert panel.image.value != before and "Clip 2 wins" in panel.note.value
+    assert panel.image.value != before and "Clip 2 is chosen" in panel.note.value
     assert "image/png" in panel._repr_mimebundle_()[0]
     with pytest.raises(ValueError, match="no candidates"): CandidateWall([])
 
