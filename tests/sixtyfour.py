@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-AUTOENCODER = Path(__file__).resolve().parent.parent/"reproduction/menagerie64/autoencoder"
+AUTOENCODER = Path(__file__).resolve().parent.parent/"instructvideo_kit/weights/policy/menagerie/vae"
 
 
 def autoencoder():

@@ -47,7 +47,7 @@ if __name__ == "__main__":
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--prediction", default="v_prediction", choices=["v_prediction", "sample"])
     cli.add_argument("--width", type=int, nargs="+", default=[64, 128])
-    cli.add_argument("--vae", default="reproduction/menagerie64/autoencoder")
+    cli.add_argument("--vae", default="instructvideo_kit/weights/policy/menagerie/vae")
     cli.add_argument("--steps", type=int, default=13000, help="of the whole run (the rate falls in its last quarter)")
     cli.add_argument("--seed", type=int, default=0)
     cli.add_argument("--out", required=True)
