@@ -2,9 +2,9 @@
 import copy
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
+from exercises import asked_of
 
 from instructvideo_kit.check import learning as check
 
@@ -163,30 +163,11 @@ WRONG = {  # as a learner would write it, and words of the verdict
                            [torch.zeros(len(c), 1), 1/audit()(f, p, c)[:, 1:]], 1), "upside down")],
 }
 
-def pairs(table): return [pytest.param(name, x, id=f"{name}{i}") for name in table for i, x in enumerate(table[name])]
-
-@pytest.mark.parametrize("name, answer", pairs(RIGHT))
-def test_right_answers_pass(name, answer, capsys):
-    assert getattr(check, name)(answer) is True, capsys.readouterr().out
-
-@pytest.mark.parametrize("name, wrong", pairs(WRONG))
-def test_wrong_answers_are_named(name, wrong, capsys):
-    answer, words = wrong
-    assert getattr(check, name)(answer) is False
-    assert words in capsys.readouterr().out
-
-@pytest.mark.parametrize("name", sorted(RIGHT))
-def test_an_open_exercise_is_no_error(name):
-    assert getattr(check, name)(lambda *args: ...) is None and getattr(check, name)(...) is None
-
-
 LISTED = [check.BEST_POLICY, check.DPO_UPDATE, check.ONLINE_DPO, check.EQUAL_COMPUTE, check.SEED_INTERVAL,
           check.VERDICT, check.BLENDED_CHAIN, check.ALIGN, check.CRUDE_CLIP, check.AUDIT] # in the order of RIGHT
 
-@pytest.mark.parametrize("name, mistake", pairs(dict(zip(RIGHT, LISTED))))
-def test_every_listed_mistake_is_wrong_and_has_its_own_message(name, mistake, capsys):
-    assert getattr(check, name)(mistake.answer) is False, mistake.message
-    assert mistake.message in capsys.readouterr().out
+TABLES = dict(zip(RIGHT, LISTED))
+globals().update(asked_of(check, RIGHT, WRONG, TABLES, stubs=(lambda *args: ..., ...)))
 
 
 def test_no_two_rooms_have_a_check_of_the_same_name():
