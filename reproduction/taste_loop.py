@@ -27,6 +27,7 @@ from instructvideo_kit.feedback.reward import JudgeFeatures, VoteReward
 from instructvideo_kit.feedback.session import pool_features
 from instructvideo_kit.feedback.votes import VOTES, append_line
 from instructvideo_kit.files import KitError, write_atomic
+from instructvideo_kit.machine import fast_dtype, fast_precision
 from instructvideo_kit.measure.metrics import seed_bootstrap
 from instructvideo_kit.menagerie.captions import prompts, scenes
 from instructvideo_kit.menagerie.defects import render
@@ -34,6 +35,7 @@ from instructvideo_kit.policy import VideoPolicy
 from instructvideo_kit.tuning.distance import BaseDistance
 
 PULLS = {"nft": "lam_ref", "grpo": "beta"} # the field that weighs the pull to the base, where an algorithm has one
+DIRECTIONS = ("own", "contrary")
 ANCHORS = ("none", "data", "kl", "data+kl")
 BATCHES = 12 # fits on the way to the last vote
 
@@ -70,7 +72,7 @@ class World:
     "What all runs share: model, judges, pool, held-out captions, tuning data, and the clips of the base."
     def __init__(self, given):
         self.given = given
-        self.policy = VideoPolicy.from_pretrained(given.policy)
+        self.policy = VideoPolicy.from_pretrained(given.policy, dtype=fast_dtype())
         self.features = JudgeFeatures.from_pretrained()
         self.pool = self.open_pool()
         self.phi = pool_features(self.pool, self.features)
@@ -150,7 +152,8 @@ def run(world, job):
     strip_lora(world.policy)
     shutil.rmtree(folder, ignore_errors=True)
     names = ("step", "distance", "learned", "true")
-    about = dict(**job, algorithm=given.algorithm, model=world.policy.name, steps=done.steps, reward_accuracy=right)
+    about = dict(**job, algorithm=given.algorithm, model=world.policy.name, precision=fast_precision(),
+                 steps=done.steps, reward_accuracy=right)
     return {**about, "marks": {k: [m[k] for m in marks] for k in names}, "change": last,
             "seconds": round(time.perf_counter() - began)}
 
@@ -163,8 +166,7 @@ def strip_lora(policy):
 def jobs_of(given):
     "Every combination that was asked for."
     if given.figure: combinations = [("own", v, a) for v in given.votes for a in given.anchors]
-    else: combinations = [("own", 60, "none"), ("contrary", 60, "none")]
-    if given.quick: combinations = [("own", 12, "none"), ("contrary", 12, "none")]
+    else: combinations = [(direction, 12 if given.quick else 60, "none") for direction in given.directions]
     names = ("taste", "direction", "seed", "votes", "anchor")
     return [dict(zip(names, (taste, direction, seed, votes, anchor)))
             for seed in range(given.seeds) for direction, votes, anchor in combinations for taste in given.tastes]
@@ -228,6 +230,7 @@ def arguments():
     parser.add_argument("--pool", type=Path, default=Path("runs/taste-pool"), help="drawn when it is not there")
     parser.add_argument("--captions", type=int, default=48, help="of the pool, four clips each")
     parser.add_argument("--tastes", nargs="+", choices=TASTES, default=list(TASTES))
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--held-out", type=int, default=48, help="captions on which the true taste is asked")
     parser.add_argument("--algorithm", default="draft", help="draft, nft, grpo ...")
