@@ -126,6 +126,23 @@ def picture(shown, name):
     PICTURES.mkdir(parents=True, exist_ok=True)
     return shown.screenshot(path=PICTURES/f"{name}.png")
 
+WIDER = """() => [...document.querySelectorAll('.jp-OutputArea-output, .jp-RenderedMarkdown')]
+    .filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 4 && getComputedStyle(e).overflowX === 'visible')
+    .map(e => e.innerText.slice(0, 60) || e.firstElementChild?.tagName)"""
+HEIGHT = "() => document.querySelector('.jp-WindowedPanel-inner, .jp-WindowedPanel-outer').scrollHeight"
+
+def whole_page(page, width, name, tallest=16000):
+    "Keep a picture of a whole notebook at a width; gives the outputs that stick out of it."
+    usual = page.viewport_size
+    page.set_viewport_size(dict(width=width, height=usual["height"]))
+    time.sleep(1) # the page lays itself out anew
+    page.set_viewport_size(dict(width=width, height=min(tallest, page.evaluate(HEIGHT) + 200)))
+    time.sleep(1)
+    picture(page, name)
+    wider = page.evaluate(WIDER)
+    page.set_viewport_size(usual)
+    return wider
+
 READY = """() => {
     const panel = window.jupyterapp?.shell.currentWidget, kernel = panel?.sessionContext?.session?.kernel;
     const connected = kernel?.connectionStatus === 'connected';

@@ -1,21 +1,44 @@
-"""Tutorials as a student opens them: Run All in JupyterLab leaves no red cell, and every widget's picture changes
-when it is used.
+"""Tutorials as a student opens them: Run All in JupyterLab leaves no red cell, every widget's picture changes when it
+is used, and nothing is wider than the page, at 1280 and at 800 pixels; pictures of the whole page are kept in
+runs/browser.
 
-KIT_BROWSER_TUTORIALS="01_start_here 07_segvr_and_tar" chooses others than the list below; each takes a minute or
-more."""
+A run takes three of the thirty editions, others every eight hours, so that all of them have had their turn in four
+days. KIT_BROWSER_TUTORIALS="student/01_start_here solved/07_segvr_and_tar" chooses others, "all" takes all; each needs a
+minute or more."""
 import os
 import shutil
 import time
 
 import pytest
-from browser import ROOT, jupyter_lab, missing, open_notebook, page, picture, run_all, until  # noqa: F401 (page is a fixture)
+from browser import (  # noqa: F401 (page is a fixture)
+    ROOT,
+    jupyter_lab,
+    missing,
+    open_notebook,
+    page,
+    picture,
+    run_all,
+    until,
+    whole_page,
+)
 
 if reason := missing(): pytest.skip(reason, allow_module_level=True)
-# add a name here: tutorials/<name>.ipynb
-TUTORIALS = os.environ.get("KIT_BROWSER_TUTORIALS",
-                           "01_start_here 03_noise_and_the_ddim_map 14_paint_drag_describe").split()
+EDITIONS = [f"{path.parent.name}/{path.stem}" for part in ("student", "solved")
+            for path in sorted((ROOT/"tutorials"/part).glob("*.ipynb"))]
+A_RUN = 3 # editions of a run
+TURN = 8*3600 # seconds until the next ones have their turn
 # seconds for Run All; a tutorial may take four minutes on two cores that do nothing else
 RUN = float(os.environ.get("KIT_BROWSER_RUN", 900))
+
+def turn_of(seconds):
+    "The editions whose turn it is at a time (seconds since 1970)."
+    first = A_RUN*int(seconds//TURN)
+    return [EDITIONS[(first + i) % len(EDITIONS)] for i in range(A_RUN)]
+
+def chosen():
+    "What the environment asks for, or those whose turn it is."
+    asked = os.environ.get("KIT_BROWSER_TUTORIALS", "").split()
+    return EDITIONS if asked == ["all"] else asked or turn_of(time.time())
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
@@ -57,19 +80,25 @@ def paint(page, canvas):
     page.mouse.up()
     until(lambda: int(stage.get_attribute("data-marks")) == marks + 1, "the stroke")
 
-@pytest.mark.parametrize("name", TUTORIALS)
+def test_all_editions_have_their_turn_within_a_week():
+    turns = [name for slot in range(7*24*3600//TURN) for name in turn_of(slot*TURN)]
+    assert set(turns) == set(EDITIONS) and len(EDITIONS) == 30
+
+@pytest.mark.parametrize("name", chosen())
 def test_run_all_and_use_every_widget(page, lab, name):
     open_notebook(page, lab(f"tutorials/{name}.ipynb"))
     run_all(page, RUN)
-    panels, canvases = page.locator(PANELS), page.locator(".ivk")
-    until(lambda: panels.count() + canvases.count(), "a widget on the page")
+    kept, panels, canvases = name.replace("/", "_"), page.locator(PANELS), page.locator(".ivk")
     for i in range(panels.count()):
         panel, shown = panels.nth(i), panels.nth(i).locator(".widget-image").first
         panel.scroll_into_view_if_needed()
-        before = picture(page, f"{name}_{i}_before")
+        before = picture(page, f"{kept}_{i}_before")
         assert changes(panel, shown), f"the picture of widget {i + 1} does not change"
-        assert picture(page, f"{name}_{i}_after") != before
+        assert picture(page, f"{kept}_{i}_after") != before
     for canvas in canvases.all():
         paint(page, canvas)
-        picture(canvas, f"{name}_canvas")
+        picture(canvas, f"{kept}_canvas")
+    for width in (1280, 800):
+        wider = whole_page(page, width, f"{kept}_{width}")
+        assert wider == [], f"wider than the page of {width} pixels: {wider}"
     assert page.problems == [], page.problems
