@@ -73,8 +73,8 @@ def forward_seconds(
 class DemoSize:
     "How much the demo does."
     captions: int = 48
-    seeds: int = 2 # videos per caption
-    n_ddim: int = 20 # D of the evaluation
+    seeds: int = 1 # videos per caption
+    n_ddim: int = 10 # steps of the evaluation, with the solver of second order
     clips: int = 96 # to tune on
     steps: int | None = None # of tuning; None: the preset's
 
@@ -122,7 +122,7 @@ def _commands(out):
 
 def run_demo(
     out:str|Path="runs/demo", # folder; an earlier demo in it is replaced
-    quick:bool=False, # a minute instead of six: too little to show an effect
+    quick:bool=False, # a minute instead of some: too little to show an effect
     seed:int=0, # of captions, clips and tuning
     preset:str|Path="menagerie", # shipped name or YAML file
     size:DemoSize|None=None, # None: FULL or QUICK
@@ -144,7 +144,7 @@ def run_demo(
         tune("instructvideo", policy, reward, clips, config, out/"tune")
     before, after = evaluate_before_after(
         policy, reward, captions, learn, lambda label: stages.begin(BEFORE if label == "before" else AFTER),
-        seeds=range(seed, seed + size.seeds), n_ddim=size.n_ddim, oracle=oracle, keep_videos=True)
+        seeds=range(seed, seed + size.seeds), n_ddim=size.n_ddim, solver="dpm2m", oracle=oracle, keep_videos=True)
     stages.begin(REPORT)
     return _tell(out, policy, config, preset, before, after, began)
 

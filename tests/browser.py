@@ -129,11 +129,16 @@ def picture(shown, name):
 WIDER = """() => [...document.querySelectorAll('.jp-OutputArea-output, .jp-RenderedMarkdown')]
     .filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 4 && getComputedStyle(e).overflowX === 'visible')
     .map(e => e.innerText.slice(0, 60) || e.firstElementChild?.tagName)"""
-HEIGHT = "() => document.querySelector('.jp-WindowedPanel-inner, .jp-WindowedPanel-outer').scrollHeight"
+HEIGHT = """() => {
+    const cells = [...document.querySelectorAll('.jp-Notebook .jp-Cell')].filter(e => e.offsetParent);
+    return Math.ceil(cells.at(-1).getBoundingClientRect().bottom - cells[0].getBoundingClientRect().top);
+}"""
+NO_SIDEBAR = "() => window.jupyterapp.shell.collapseLeft()"
 
 def whole_page(page, width, name, tallest=16000):
     "Keep a picture of a whole notebook at a width; gives the outputs that stick out of it."
     usual = page.viewport_size
+    page.evaluate(NO_SIDEBAR)
     page.set_viewport_size(dict(width=width, height=usual["height"]))
     time.sleep(1) # the page lays itself out anew
     page.set_viewport_size(dict(width=width, height=min(tallest, page.evaluate(HEIGHT) + 200)))

@@ -154,7 +154,8 @@ def evaluate(
 ) -> Evaluation:
     "Generate from noise that depends on prompt and seed alone, and measure; KitError for empty or repeated prompts."
     keys = [(*pair, int(seed)) for pair, seed in product(prompt_groups(prompts), seeds)]
-    settings = dict(n_ddim=n_ddim, n_segments=n_segments, seeds=[int(s) for s in seeds], guidance_scale=guidance_scale)
+    settings = dict(n_ddim=n_ddim, solver=solver, n_segments=n_segments, seeds=[int(s) for s in seeds])
+    settings["guidance_scale"] = guidance_scale
     rows, kept = [], []
     with tqdm(total=len(keys), desc=f"evaluating {label}".strip(), unit="video", disable=not progress) as bar:
         for start in range(0, len(keys), batch):

@@ -379,6 +379,11 @@ def _commands(story): # how to go on
     return "".join(f"<p>{html.escape(what)}</p><pre>{html.escape(command)}</pre>" for command, what in story.commands)
 
 # %% ../../nbs/measure/04_report.ipynb #f16013e9
+def _drawn(settings): # "10 steps of DPM-Solver++(2M)"
+    names = {"ddim": "DDIM", "dpm2m": "DPM-Solver++(2M)"}
+    return f"{settings.get('n_ddim', '?')} steps of {names[settings.get('solver', 'ddim')]}"
+
+
 def _sections(story, comparison): # (heading, explanation, content) from top to bottom
     groups = f'<details><summary>all groups as a table</summary><div class="wide">{comparison.html()}</div></details>'
     figures = _table(comparison) + _plots(comparison) + groups
@@ -388,8 +393,7 @@ def _sections(story, comparison): # (heading, explanation, content) from top to 
         curve = _img(png(reward_curve(story.rows)), "reward per step", css="plain")
         frames = frames_plot(story.config, story.n_frames, story.latent_shape, steps)
         chosen = _img(png(frames), "chosen frames and weights", css="plain")
-    n_ddim = story.after.settings.get("n_ddim", "?")
-    how = f"{n_ddim} DDIM steps from noise; left before, right after, from the same noise. "
+    how = f"{_drawn(story.after.settings)} from noise; left before, right after, from the same noise. "
     return [("Before and after", how + "The first captions of each group, not the best ones.", _videos(story)),
             ("Figures", "Differences are paired by caption and noise; intervals are bootstrapped over captions.",
              figures),
