@@ -28,6 +28,7 @@ from instructvideo_kit.feedback.session import pool_features
 from instructvideo_kit.feedback.votes import VOTES, append_line
 from instructvideo_kit.files import KitError, write_atomic
 from instructvideo_kit.machine import fast_dtype, fast_precision
+from instructvideo_kit.measure.execute import parse_shard
 from instructvideo_kit.measure.metrics import seed_bootstrap
 from instructvideo_kit.menagerie.captions import prompts, scenes
 from instructvideo_kit.menagerie.defects import render
@@ -140,7 +141,7 @@ def run(world, job):
     spread = reward.head(world.phi.double()).std().item()
     changes = {}
     def mark(policy, step):
-        after = world.draw()
+        after = world.draw() if step else world.before # the new adapter adds nothing yet
         with torch.no_grad(): learned = (reward.score(after, world.captions) - scored).double()/spread
         changes[step] = taste_change(world.before, after, world.captions, taste, deviation)
         return dict(distance=measured(), learned=learned.mean().item(), true=changes[step].mean().item())
@@ -168,8 +169,10 @@ def jobs_of(given):
     if given.figure: combinations = [("own", v, a) for v in given.votes for a in given.anchors]
     else: combinations = [(direction, 12 if given.quick else 60, "none") for direction in given.directions]
     names = ("taste", "direction", "seed", "votes", "anchor")
-    return [dict(zip(names, (taste, direction, seed, votes, anchor)))
+    jobs = [dict(zip(names, (taste, direction, seed, votes, anchor)))
             for seed in range(given.seeds) for direction, votes, anchor in combinations for taste in given.tastes]
+    i, n = parse_shard(given.shard)
+    return jobs[i::n]
 
 
 def lines_of(path):
@@ -232,6 +235,7 @@ def arguments():
     parser.add_argument("--tastes", nargs="+", choices=TASTES, default=list(TASTES))
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--shard", default="1/1", help="the part of the runs this process takes, such as 2/2")
     parser.add_argument("--held-out", type=int, default=48, help="captions on which the true taste is asked")
     parser.add_argument("--algorithm", default="draft", help="draft, nft, grpo ...")
     parser.add_argument("--steps", type=int, default=60)

@@ -133,6 +133,7 @@ HEIGHT = """() => {
     const cells = [...document.querySelectorAll('.jp-Notebook .jp-Cell')].filter(e => e.offsetParent);
     return Math.ceil(cells.at(-1).getBoundingClientRect().bottom - cells[0].getBoundingClientRect().top);
 }"""
+TO_TOP = "() => document.querySelector('.jp-Notebook .jp-Cell').scrollIntoView()"
 NO_SIDEBAR = "() => window.jupyterapp.shell.collapseLeft()"
 
 def whole_page(page, width, name, tallest=16000):
@@ -143,6 +144,7 @@ def whole_page(page, width, name, tallest=16000):
     time.sleep(1) # the page lays itself out anew
     page.set_viewport_size(dict(width=width, height=min(tallest, page.evaluate(HEIGHT) + 200)))
     time.sleep(1)
+    page.evaluate(TO_TOP)
     picture(page, name)
     wider = page.evaluate(WIDER)
     page.set_viewport_size(usual)
@@ -161,6 +163,10 @@ RUN_ALL = """() => {
 ERRORS = """() => window.jupyterapp.shell.currentWidget.content.widgets
     .flatMap(cell => cell.model.outputs?.toJSON() ?? [])
     .filter(output => output.output_type === 'error').map(output => output.ename + ': ' + output.evalue)"""
+WARNINGS = """() => window.jupyterapp.shell.currentWidget.content.widgets
+    .flatMap(cell => cell.model.outputs?.toJSON() ?? [])
+    .filter(output => output.name === 'stderr').map(output => [output.text].flat().join(''))
+    .filter(text => text.includes('Warning'))"""
 
 def open_notebook(page, url):
     "Open a notebook and wait for its kernel."
@@ -168,7 +174,8 @@ def open_notebook(page, url):
     until(lambda: page.evaluate(READY), "the notebook and its kernel")
 
 def run_all(page, patience=None):
-    "Run all cells; the test fails when one of them is red."
+    "Run all cells; the test fails when one of them is red or warns."
     page.evaluate(RUN_ALL)
     until(lambda: page.evaluate("() => window.kitRun"), "Run All to end", patience)
     assert page.evaluate(ERRORS) == []
+    assert page.evaluate(WARNINGS) == []
