@@ -92,6 +92,7 @@ def test_run_all_and_use_every_widget(page, lab, name):
     for i in range(panels.count()):
         panel, shown = panels.nth(i), panels.nth(i).locator(".widget-image").first
         panel.scroll_into_view_if_needed()
+        if not shown.is_visible(): continue # what votes have taught is shown after votes: test_browser_feedback
         before = picture(page, f"{kept}_{i}_before")
         assert changes(panel, shown), f"the picture of widget {i + 1} does not change"
         assert picture(page, f"{kept}_{i}_after") != before
@@ -102,3 +103,10 @@ def test_run_all_and_use_every_widget(page, lab, name):
         wider = whole_page(page, width, f"{kept}_{width}")
         assert wider == [], f"wider than the page of {width} pixels: {wider}"
     assert page.problems == [], page.problems
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_left(page):
+    "Thirty kernels with their models do not fit into memory."
+    yield
+    page.evaluate("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.shutdown()")
