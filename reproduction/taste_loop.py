@@ -26,13 +26,14 @@ from instructvideo_kit.feedback.raters import TASTES, SimulatedRater, standard, 
 from instructvideo_kit.feedback.reward import JudgeFeatures, VoteReward
 from instructvideo_kit.feedback.session import pool_features
 from instructvideo_kit.feedback.votes import VOTES, append_line
-from instructvideo_kit.files import KitError, write_atomic
+from instructvideo_kit.files import KitError, atomic, write_atomic
 from instructvideo_kit.machine import fast_dtype, fast_precision
 from instructvideo_kit.measure.execute import parse_shard
 from instructvideo_kit.measure.metrics import seed_bootstrap
 from instructvideo_kit.menagerie.captions import prompts, scenes
 from instructvideo_kit.menagerie.defects import render
 from instructvideo_kit.policy import VideoPolicy
+from instructvideo_kit.video import film_strip
 from instructvideo_kit.tuning.distance import BaseDistance
 
 PULLS = {"nft": "lam_ref", "grpo": "beta"} # the field that weighs the pull to the base, where an algorithm has one
@@ -139,13 +140,14 @@ def run(world, job):
     measured = BaseDistance(world.policy, world.captions, config)
     with torch.no_grad(): scored = reward.score(world.before, world.captions)
     spread = reward.head(world.phi.double()).std().item()
-    changes = {}
+    changes, name = {}, "-".join(str(v) for v in job.values())
     def mark(policy, step):
         after = world.draw() if step else world.before # the new adapter adds nothing yet
         with torch.no_grad(): learned = (reward.score(after, world.captions) - scored).double()/spread
         changes[step] = taste_change(world.before, after, world.captions, taste, deviation)
+        if step: save_strip(given.out/"strips"/(name + ".png"), world.before, after)
         return dict(distance=measured(), learned=learned.mean().item(), true=changes[step].mean().item())
-    folder = given.out/"runs"/"-".join(str(v) for v in job.values())
+    folder = given.out/"runs"/name
     shutil.rmtree(folder, ignore_errors=True) # a run that was cut off left no line: begin it again
     done = tune_taste(world.policy, reward, world.data(job["anchor"]), given.algorithm, folder, mark, False, **fields)
     marks = done.rows("eval")
@@ -157,6 +159,13 @@ def run(world, job):
                  steps=done.steps, reward_accuracy=right)
     return {**about, "marks": {k: [m[k] for m in marks] for k in names}, "change": last,
             "seconds": round(time.perf_counter() - began)}
+
+
+def save_strip(path, before, after, n=8):
+    "The middle frames of the first n held-out captions, from the same noise: before above, after below."
+    middle = before.shape[1]//2
+    rows = [before[:n, middle], after[:n, middle]]
+    with atomic(path) as beside: film_strip(rows, every=1, scale=2, labels=["before", "after"]).save(beside, "PNG")
 
 
 def strip_lora(policy):
