@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from instructvideo_kit.app import open_oracle
 from instructvideo_kit.feedback.fit import accuracy, fit_votes, prior_head
 from instructvideo_kit.feedback.loop import taste_change, taste_config, tune_taste
 from instructvideo_kit.feedback.pairs import active_pairs, candidate_pairs
@@ -81,6 +82,7 @@ class World:
         self.tastes = known_tastes(self.features)
         self.captions = prompts(given.held_out, "evaluation", seed=7)
         self.before = self.draw()
+        self.oracle = open_oracle(self.policy, self.captions)
         looked = {name: taste(self.pool.pixels(), self.pool.captions) for name, taste in self.tastes.items()}
         self.deviation = {name: float(torch.as_tensor(u).double().std()) for name, u in looked.items()}
         self.looked = looked
@@ -94,6 +96,11 @@ class World:
         "The held-out captions, always from the same noise."
         noise = self.policy.noise(range(len(self.captions)), 12345)
         return self.policy.generate(self.captions, self.given.n_ddim, noise=noise).cpu()
+
+    def subjects(self, clips):
+        "Share of the clips in which the oracle finds what the caption names; nothing where it does not know the world."
+        if self.oracle is None: return {}
+        return dict(species=torch.as_tensor(self.oracle(clips, self.captions)["species"]).double().mean().item())
 
     def data(self, anchor):
         "Captions, or clips with their captions where a data term wants them."
@@ -124,7 +131,7 @@ def resized(clips, size):
 def fields_of(given, job, anchor):
     "Settings of a run beyond its preset."
     found = dict(steps=given.steps, batch=given.batch, seed=job["seed"], n_ddim=given.tune_ddim, distance_every=0)
-    found |= dict(eval_every=given.every, save_every=given.every)
+    found |= dict(eval_every=given.every, save_every=given.every, lr=given.lr)
     if "data" in anchor: found |= dict(data_term=given.data_term)
     if "kl" in anchor: found |= {PULLS[given.algorithm]: given.pull}
     return found
@@ -146,7 +153,8 @@ def run(world, job):
         with torch.no_grad(): learned = (reward.score(after, world.captions) - scored).double()/spread
         changes[step] = taste_change(world.before, after, world.captions, taste, deviation)
         if step: save_strip(given.out/"strips"/(name + ".png"), world.before, after)
-        return dict(distance=measured(), learned=learned.mean().item(), true=changes[step].mean().item())
+        numbers = dict(distance=measured(), learned=learned.mean().item(), true=changes[step].mean().item())
+        return numbers | world.subjects(after)
     folder = given.out/"runs"/name
     shutil.rmtree(folder, ignore_errors=True) # a run that was cut off left no line: begin it again
     done = tune_taste(world.policy, reward, world.data(job["anchor"]), given.algorithm, folder, mark, False, **fields)
@@ -154,9 +162,9 @@ def run(world, job):
     last = [round(v, 4) for v in changes[done.steps].tolist()]
     strip_lora(world.policy)
     shutil.rmtree(folder, ignore_errors=True)
-    names = ("step", "distance", "learned", "true")
+    names = [k for k in ("step", "distance", "learned", "true", "species") if all(k in m for m in marks)]
     about = dict(**job, algorithm=given.algorithm, model=world.policy.name, precision=fast_precision(),
-                 steps=done.steps, reward_accuracy=right)
+                 steps=done.steps, lr=config.lr, reward_accuracy=right)
     return {**about, "marks": {k: [m[k] for m in marks] for k in names}, "change": last,
             "seconds": round(time.perf_counter() - began)}
 
@@ -248,6 +256,7 @@ def arguments():
     parser.add_argument("--held-out", type=int, default=48, help="captions on which the true taste is asked")
     parser.add_argument("--algorithm", default="draft", help="draft, nft, grpo ...")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lr", type=float, help="learning rate; the preset's by default")
     parser.add_argument("--batch", type=int, help="clips of an update; the preset's by default")
     parser.add_argument("--n-ddim", type=int, default=10, help="steps of the clips that are judged")
     parser.add_argument("--tune-ddim", type=int, help="steps of the clips that are tuned on; the preset's by default")

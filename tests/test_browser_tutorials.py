@@ -3,8 +3,8 @@ is used, and nothing is wider than the page, at 1280 and at 800 pixels; pictures
 runs/browser.
 
 A run takes three of the thirty editions, others every eight hours, so that all of them have had their turn in four
-days. KIT_BROWSER_TUTORIALS="student/01_start_here solved/07_segvr_and_tar" chooses others, "all" takes all; each needs a
-minute or more."""
+days. KIT_BROWSER_TUTORIALS="student/01_start_here solved/07_segvr_and_tar" chooses others, "all" takes all; each needs
+a minute or more."""
 import os
 import shutil
 import time
