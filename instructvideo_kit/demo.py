@@ -122,7 +122,7 @@ def _commands(out):
 
 def run_demo(
     out:str|Path="runs/demo", # folder; an earlier demo in it is replaced
-    quick:bool=False, # a minute instead of some: too little to show an effect
+    quick:bool=False, # a minute instead of several: too little to show an effect
     seed:int=0, # of captions, clips and tuning
     preset:str|Path="menagerie", # shipped name or YAML file
     size:DemoSize|None=None, # None: FULL or QUICK

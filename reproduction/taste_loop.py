@@ -5,10 +5,12 @@
     python reproduction/taste_loop.py --quick                # a minute: does it run?
     python reproduction/taste_loop.py --summary              # nothing new: table and picture of what is there
 
-One JSON line per (taste, direction, seed, votes, anchor) in OUT/loop.jsonl, written when the run is done; a run whose
-line is there is skipped, one that was cut off begins again. Beside it OUT/loop.json (intervals over seeds and captions)
-and OUT/loop.png. The direction is own (tuned to this taste) or contrary (tuned to its opposite, asked about the same
-taste); the anchor is what holds the model near its base: none, a data term, a pull to the base (kl), or both."""
+One JSON line per run in OUT/loop.jsonl, written when the run is done; a run whose line is there (same taste, direction,
+seed, votes, anchor, algorithm, model, steps and rate) is skipped, one that was cut off begins again. Beside it OUT/strips
+(a picture of each run), OUT/loop.json (intervals over seeds and captions) and OUT/loop.png. The direction is own (tuned
+to this taste) or contrary (tuned to its opposite, asked about the same taste); the anchor is what holds the model near
+its base: none, a data term, a pull to the base (kl), or both. Look at the strips: a taste may rise and the clips be
+lost."""
 import argparse
 import json
 import shutil
@@ -34,8 +36,8 @@ from instructvideo_kit.measure.metrics import seed_bootstrap
 from instructvideo_kit.menagerie.captions import prompts, scenes
 from instructvideo_kit.menagerie.defects import render
 from instructvideo_kit.policy import VideoPolicy
-from instructvideo_kit.video import film_strip
 from instructvideo_kit.tuning.distance import BaseDistance
+from instructvideo_kit.video import film_strip
 
 PULLS = {"nft": "lam_ref", "grpo": "beta"} # the field that weighs the pull to the base, where an algorithm has one
 DIRECTIONS = ("own", "contrary")
@@ -201,16 +203,18 @@ def lines_of(path):
     return rows
 
 
-def key_of(row): return tuple(row[k] for k in ("taste", "direction", "seed", "votes", "anchor", "algorithm", "model"))
+KEY = ("taste", "direction", "seed", "votes", "anchor", "algorithm", "model", "steps", "lr")
+
+def key_of(row): return tuple(row.get(k) for k in KEY) # older lines name no rate
 
 
 def summary(rows):
-    "{taste, direction, votes, anchor: mean change of the true taste with its interval over seeds and captions}."
-    groups = {}
-    for r in rows: groups.setdefault((r["taste"], r["direction"], r["votes"], r["anchor"]), []).append(r["change"])
+    "Mean change of the true taste with its interval over seeds and captions; a row for each kind of run."
+    groups, names = {}, ("taste", "direction", "votes", "anchor", "steps", "lr")
+    for r in rows: groups.setdefault(tuple(r.get(k) for k in names), []).append(r["change"])
     found = []
-    for (taste, direction, votes, anchor), changes in sorted(groups.items()):
-        row = dict(taste=taste, direction=direction, votes=votes, anchor=anchor, seeds=len(changes))
+    for kind, changes in sorted(groups.items()):
+        row = dict(zip(names, kind), seeds=len(changes))
         row["change"] = round(float(np.mean(changes)), 3)
         if len(changes) > 1:
             low, high = seed_bootstrap(np.array(changes))[1:]
@@ -301,8 +305,10 @@ def measure(given, path):
     given.out.mkdir(parents=True, exist_ok=True)
     world = World(given)
     there = {key_of(r) for r in lines_of(path)}
+    lr = given.lr or taste_config(given.algorithm, world.policy.n_frames).lr
+    settings = dict(algorithm=given.algorithm, model=world.policy.name, steps=given.steps, lr=lr)
     for job in jobs_of(given):
-        if key_of({**job, "algorithm": given.algorithm, "model": world.policy.name}) in there: continue
+        if key_of({**job, **settings}) in there: continue
         row = run(world, job)
         append_line(path, row)
         told = {k: row[k] for k in ("taste", "direction", "seed", "votes", "anchor", "seconds")}

@@ -36,11 +36,24 @@ def test_every_frame_is_shown_to_a_reward_of_votes(algorithm):
     assert (config.n_segments, config.lam_tar) == (12, 0.)
 
 
-def program(arguments):
-    "Run the program with these arguments, in this process."
+def loaded():
+    "The program as a module."
     spec = importlib.util.spec_from_file_location("taste_loop", PROGRAM)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_another_rate_is_another_run_and_rates_are_not_mixed():
+    module, about = loaded(), dict(taste="warm", direction="own", votes=60, anchor="none", steps=20)
+    rows = [about | dict(seed=seed, lr=lr, change=[lr, lr]) for lr in (1., 3.) for seed in range(2)]
+    assert len({module.key_of(r) for r in rows}) == 4
+    assert [(r["lr"], r["seeds"], r["change"]) for r in module.summary(rows)] == [(1., 2, 1.), (3., 2, 3.)]
+
+
+def program(arguments):
+    "Run the program with these arguments, in this process."
+    module = loaded()
     module.fast_dtype = lambda: torch.float32 # the rounding of bfloat16 depends on what ran before
     old, sys.argv = sys.argv, ["taste_loop.py", *map(str, arguments)]
     try: module.main()
