@@ -253,7 +253,7 @@ def test_a_slip_in_a_claim_is_one_clear_line(slip, says):
 
 
 def test_a_comparison_of_two_tuned_models_must_say_what_it_asks_of_the_base():
-    given = {"what": "x", "more": "iv@40", "less": "draft@25"}
+    given = {"what": "x", "more": "iv@40", "less": "draft@26"}
     with pytest.raises(KitError, match="over_base"):
         read_contrasts(given, "claim x")
     with pytest.raises(KitError, match="one side is not tuned"):
