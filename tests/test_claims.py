@@ -293,7 +293,7 @@ def test_points_of_equal_compute():
     "The comparison of algorithms: rivals get as much as InstructVideo, or a little more."
     named = {run.name: run for run in reversed(all_runs())}
     own = runs.compute(named["iv"], 40)
-    for name, step in (("draft", 25), ("rwr", 260), ("ddpo", 14)):
+    for name, step in (("draft", 26), ("rwr", 140), ("ddpo", 7)):
         assert 1 <= runs.compute(named[name], step)/own < 1.1, name
     online = runs.compute(named["ovpo"], 12)
     for name, step in (("offline", 12), ("refl-video", 38), ("ovpo-image", 12)):
