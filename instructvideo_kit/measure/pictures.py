@@ -32,7 +32,7 @@ from instructvideo_kit.measure.claims import (
 from .data import meaning, need_metric, read_yaml, record
 from .report import INK, PALE, png
 from .results import Results, result_path
-from .runs import Point, Run, all_runs, point_of
+from .runs import Point, Run, all_runs, point_of, steps_of
 
 # %% ../../nbs/measure/10_pictures.ipynb #b1c70007
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Picture:
     points: dict = field(default_factory=dict) # run@step -> label, of differences (to the first) and strips
     metric: str = "reward" # of curves
     metrics: list = field(default_factory=list) # of differences
-    up_to: float = 4600. # compute of curves: InstructVideo's 40 steps, and the little more that rivals get
+    drawn: str = "d10" # how the clips of differences are drawn: d10.w1, without guidance
+    up_to: float = 2500. # compute of curves: InstructVideo's 40 steps, and the little more that rivals get
     table: str = "" # words above the differences as a table; "": no table
 
 # %% ../../nbs/measure/10_pictures.ipynb #b1c70008
@@ -67,14 +68,20 @@ def _check_picture(picture, where):
         if name not in known:
             raise KitError(f'{where} has the unknown run "{name}"; {near(name, known)}')
     for text in picture.points:
-        point = Point.read(text, where)
+        point = _point(picture, text, where)
         point_of(point.run, point.step)
+        if point.step not in steps_of(point.run, point.drawn):
+            raise KitError(f'{where}: {point.run} is not measured at {point.step} drawn as {point.drawn}')
     for metric in (picture.metric, *picture.metrics):
         need_metric(metric, where)
     ids = [claim.id for claim in all_claims()[1]]
     for start in picture.claims:
         if not any(i.startswith(start) for i in ids):
             raise KitError(f'{where} is for claims that begin with "{start}"; {near(start, ids)}')
+
+
+def _point(picture, text, where="the point"): # drawn as the picture says
+    return replace(Point.read(text, where), drawn=picture.drawn)
 
 # %% ../../nbs/measure/10_pictures.ipynb #b1c70010
 LINES = ("#0f766e", "#b42318", "#6d5bd0", "#c2790b", "#1d6fb8", "#5f6670")
@@ -142,7 +149,7 @@ def differences_to_first(
     found = {}
     for text, label in others:
         for metric in picture.metrics:
-            contrast = Contrast(label, (Point.read(text),), (Point.read(first),), metric)
+            contrast = Contrast(label, (_point(picture, text),), (_point(picture, first),), metric)
             if seeds := seeds_of(contrast, results):
                 found.setdefault(label, {})[metric] = measure(contrast, results, seeds, rule)
     return found
