@@ -294,7 +294,7 @@ def arguments():
     parser.add_argument("--held-out", type=int, default=48, help="captions on which the true taste is asked")
     parser.add_argument("--algorithm", default="draft", help="draft, nft, grpo ...")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, help="learning rate; the preset's by default")
+    parser.add_argument("--lr", type=float, help="learning rate; 1e-3 for draft, else the preset's")
     parser.add_argument("--batch", type=int, help="clips of an update; the preset's by default")
     parser.add_argument("--n-ddim", type=int, default=10, help="steps of the clips that are judged")
     parser.add_argument("--tune-ddim", type=int, help="steps of the clips that are tuned on; the preset's by default")

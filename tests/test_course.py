@@ -129,7 +129,7 @@ def test_tables_are_in_step(): assert editions.stale(editions.tables()) == [], "
 
 def test_a_table_has_a_row_for_each_tutorial(root):
     nb = small()
-    nb["cells"].insert(1, cell("| minutes | 20 to read, 1.5 to run, 30 with the exercises |", "markdown"))
+    nb["cells"].insert(1, cell("| minutes | 20 to read, 1.5 to run, 30 for the exercises |", "markdown"))
     (root/"tutorials/01_small.ipynb").write_text(json.dumps(nb))
     (root/"README.md").write_text("before\n<!-- tutorials -->\nold\n<!-- /tutorials -->\nafter")
     text = editions.tables(root)[root/"README.md"]
@@ -142,7 +142,7 @@ def test_opening_is_in_the_usual_form(path):
     first, card = (editions.source(c) for c in cells_of(path)[:2])
     assert re.match(r"# .+\n> .+", first)
     for row in ("device", "memory", "minutes", "you know already", "symbols"): assert f"| {row} |" in card, row
-    assert re.search(r"\| minutes \| \d+ to read, [\d.]+ to run, \d+ with the exercises \|", card)
+    assert re.search(r"\| minutes \| \d+ to read, [\d.]+ to run, \d+ for the exercises \|", card)
     assert ci.minutes_to_run(path) <= 4
     assert "Predict" in card and all(f"({i})" in card for i in (1, 2, 3))
 

@@ -28,7 +28,7 @@ PLACE = "https://colab.research.google.com/github/{repo}/blob/{tag}/tutorials/{e
 BADGE = f"[![Open in Colab]({PICTURE})]({PLACE})"
 
 
-MINUTES = re.compile(r"\| minutes \| (\d+) to read, ([\d.]+) to run, (\d+) with the exercises \|")
+MINUTES = re.compile(r"\| minutes \| (\d+) to read, ([\d.]+) to run, (\d+) for the exercises \|")
 KNOWN = re.compile(r"\| you know already \| (.+) \|")
 TABLE = r"(<!-- {0} -->\n).*?(<!-- /{0} -->)" # a table stands between two marks with its name
 PAGES = ("README.md", "tutorials/instructor/README.md", "tutorials/instructor/syllabus.md") # where tables stand

@@ -102,7 +102,7 @@ def three_names(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: noise and v that a guess of the clean clip stands for."
     cases = [(_normal(2, 3), _normal(2, 3, seed=1), a) for a in (.3, .9, .02)]
-    praise = "One guess, whatever it is called; the chain never notices the difference."
+    praise = "Three names for one guess: the chain takes the same step with each of them."
     return judge(_stacked(fn), _names, cases, NAMES, praise)
 
 # %% ../../nbs/check/05_denoising.ipynb #6b94570f
@@ -126,7 +126,7 @@ def loss_weights(
 )->bool: # True right, False wrong, None not answered yet
     "Exercise: by how much the squared errors of noise and v are larger than that of the clean clip."
     cases = [(torch.tensor([.1, .5, .9]),), (torch.tensor([.02]),), (torch.linspace(.05, .95, 10),)]
-    praise = "Which name is in the loss decides which noise levels it cares for."
+    praise = "What the loss compares decides how much each noise level counts."
     return judge(_stacked(fn), _weights, cases, LOSS_WEIGHTS, praise)
 
 # %% ../../nbs/check/05_denoising.ipynb #b55153e2

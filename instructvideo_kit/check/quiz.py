@@ -80,11 +80,11 @@ QUIZZES = {
             "b",
             {
                 "a": (
-                    "colours are large-scale: they are still in the corrupted clip, and four late steps believe what"
-                    " they see"
+                    "colours are large-scale: they are still in the corrupted clip, and four late steps keep what"
+                    " is there"
                 ),
                 "b": (
-                    "little noise, little freedom: the chain only redraws what the noise has hidden, edges and texture"
+                    "little noise hides little: the chain only redraws what is hidden, which is edges and texture"
                 ),
                 "c": "what is large survives a little noise; the creature stays",
             },
@@ -114,16 +114,16 @@ QUIZZES = {
                     "perhaps they are, perhaps the model found what the judge does not mind: look at the videos, and"
                     " ask somebody else"
                 ),
-                "b": "exactly that, and no more; the judge was the teacher, so it cannot be the examiner",
+                "b": "exactly that, and no more: the model was tuned to please this judge, so its score proves nothing else",
                 "c": (
-                    "the score was measured on captions that were not in the tuning set; hacking generalises very well"
+                    "the captions were not in the tuning set, but what fools the judge on one caption fools it on another"
                 ),
             },
         ),
         Question(
             "c",
             {
-                "a": "more of the same judge: the interval shrinks around a number that may mean nothing",
+                "a": "the judge is the same: the interval gets narrower around a number that may mean nothing",
                 "b": "that may hack more slowly; it does not tell you whether it does",
                 "c": "an observer that shares nothing with the judge has no reason to be fooled in the same way",
             },
@@ -144,8 +144,8 @@ QUIZZES = {
         Question(
             "b",
             {
-                "a": "both take four frames: the price is the same",
-                "b": "stratified sampling: the same mean, less luck, as no draw can fall into the good half only",
+                "a": "both take four frames: the cost is the same",
+                "b": "stratified sampling: the same mean and a smaller variance, as no draw can fall into the good half only",
                 "c": "the judge sees one frame at a time and knows no order",
             },
         ),
@@ -185,7 +185,7 @@ QUIZZES = {
             "b",
             {
                 "a": "it is largest there, nearly 1: the latents are almost clean",
-                "b": "one training step instead of fifty: 0.7 degrees, and a step answers by the sine of its angle",
+                "b": "one training step instead of fifty: 0.7 degrees, and the gradient of a step grows with the sine of its angle",
                 "c": "it sees every pixel; it is the step that can hardly move them",
             },
         ),
@@ -224,8 +224,8 @@ QUIZZES = {
         Question(
             "c",
             {
-                "a": "a fooled judge is fooled again with another seed: ask for it second",
-                "b": "it is the same reward, weighted: nothing in it tells a gentle run from a greedy one",
+                "a": "a judge that is fooled is fooled with another seed as well: ask for this second",
+                "b": "it is the same reward with weights: a run that fools the judge raises it, too",
                 "c": "from the same noise before and after, with intervals, and with clips that chance has chosen",
             },
         ),
@@ -234,7 +234,7 @@ QUIZZES = {
         Question(
             "a",
             {
-                "a": "they give an order, and these two need no more",
+                "a": "comparisons give an order, and these two need nothing else",
                 "b": 'these two need a number for each clip; "I prefer this one" is none',
                 "c": "DRaFT, VADER and ReFL need a slope as InstructVideo does, RWR and DDPO a number",
             },
@@ -253,7 +253,7 @@ QUIZZES = {
         Question(
             "b",
             {
-                "a": "the captions say so of these checkpoints; two tuning seeds say nothing about the next one",
+                "a": "that is known of these two checkpoints only; another tuning seed gives another checkpoint",
                 "b": "an interval over captions holds for this checkpoint; a method needs several tuning seeds",
                 "c": "it does say something: about this checkpoint, on captions like these",
             },
@@ -263,9 +263,9 @@ QUIZZES = {
         Question(
             "b",
             {
-                "a": "it could be any number, and a different one for each caption; nobody has to set it",
+                "a": "it could be any number, and another one for each caption: it need not be 1",
                 "b": "the loss holds only the difference of two implicit rewards of one caption: beta log Z drops out",
-                "c": "no network sees it: it has left the loss before anything is trained",
+                "c": "no network is trained on it: it drops out of the loss on paper",
             },
         ),
         Question(
@@ -321,7 +321,7 @@ QUIZZES = {
         Question(
             "b",
             {
-                "a": "before the first step nothing is learnt, so the rate has no say yet",
+                "a": "before the first step nothing is learnt, so the learning rate has changed nothing yet",
                 "b": "the difference is exactly 1, and the gradient is the same",
                 "c": "another seed moves the loss a little, not by exactly 1",
             },
@@ -329,7 +329,7 @@ QUIZZES = {
         Question(
             "c",
             {
-                "a": "the mean is no constant: it hangs on the same weights as the clips do",
+                "a": "the mean is no constant: it depends on the same weights as the clips do",
                 "b": (
                     "not more slowly, not at all where all clips gain alike: the rewards of a batch then add up to zero"
                 ),
@@ -346,7 +346,7 @@ QUIZZES = {
                     "what real clips have is enough; or stop earlier, scale the LoRA down, add the judge to the reward"
                 ),
                 "b": "further in the same direction: the first goes up, the second down",
-                "c": "the reward stays the same, and hacking carries over to new captions very well",
+                "c": "the reward stays the same, and what fools the judge works on new captions as well",
             },
         ),
     ),
@@ -411,23 +411,23 @@ QUIZZES = {
 QUIZZES["teach_a_judge"] = (
     Question("b", {
         "a": "only differences of rewards enter the loss, and they stay as they are",
-        "b": "the loss sees differences only; a reward has no zero",
+        "b": "the loss sees differences only; a constant added to all rewards changes nothing",
         "c": "a tie is about the difference of two rewards as well, and that stays as it is",
     }),
     Question("c", {
         "a": "of new clips nothing is known: the weights had room enough for every vote",
         "b": "careless votes can be fitted just as well when there are as many directions as votes",
-        "c": "dice are fitted as well as taste; hold votes out and count on those",
+        "c": "random votes can be fitted as well as a taste; hold votes out and measure on those",
     }),
     Question("a", {
         "a": "the best of more clips is more often one about which the judge errs upwards",
-        "b": "a larger choice helps the true taste a little and the promise more",
+        "b": "a larger choice raises the learned reward more than the true taste",
         "c": "the judge is the same, but it is asked about rarer clips, where its errors are larger",
     }),
 )
 QUIZZES["your_taste"] = (
     Question("c", {
-        "a": "twelve of twenty is what a coin gives often enough: the interval holds one half",
+        "a": "a coin gives twelve of twenty often enough: the interval holds one half",
         "b": "the interval holds one half, and it also holds three quarters: it says neither",
         "c": "the interval reaches from below one half to far above it: ask about more pairs",
     }),

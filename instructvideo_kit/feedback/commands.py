@@ -182,7 +182,7 @@ def tune_reward(
     captions, # to tune on
     rater:str=None, # whose reward; None: everybody's
     algorithm:str="draft", # see `tune_taste`
-    steps:int=None, # None: the preset's
+    steps:int=None, # None: as `taste_config`
     out=None, # folder of the run; None: run/RATER in the pool's folder
     seed:int=0, # of the run
     echo=print, # where the sentences go
@@ -266,7 +266,7 @@ def feedback_app(
             help="How: draft follows the reward's gradient, nft and grpo need none.")] = "draft",
         captions: Annotated[Path | None, typer.Option(
             help="Text file, one caption per line; captions of the menagerie by default.")] = None,
-        steps: Annotated[int | None, typer.Option(min=1, help="Updates; those of the preset by default.")] = None,
+        steps: Annotated[int | None, typer.Option(min=1, help="Updates; 20 for draft, else the preset's.")] = None,
         seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
         out: Annotated[Path | None, typer.Option(help="Folder of the run; run/RATER in the pool's by default.")] = None,
     ):

@@ -61,7 +61,7 @@ def advantages(
 @dataclass
 class DDPOConfig(TrajectoryConfig):
     "DDPO; KitError for a value out of range. \"Code\": ddpo-pytorch, config/base.py and its aesthetic setting."
-    steps: int = 20000 # InstructVideo section 4.1 gives its baselines the same 20k steps
+    steps: int = 20000 # as InstructVideo, section 3.3; its baselines are given hours, not steps (Fig. 5a)
     batch: int = 128 # clips per optimiser step; code: 256 drawn, 2 updates
     lr: float = 3e-4 # code: 3e-4
     weight_decay: float = 1e-4 # code: 1e-4

@@ -57,7 +57,7 @@ def rwr_loss(
 @dataclass
 class RWRConfig(SampledConfig):
     "Reward-weighted regression; KitError for a value out of range. \"Code\": jannerm/ddpo, config/base.py."
-    steps: int = 20000 # InstructVideo section 4.1 gives its baselines the same 20k steps
+    steps: int = 20000 # as InstructVideo, section 3.3; its baselines are given hours, not steps (Fig. 5a)
     batch: int = 8 # as InstructVideo section 3.3
     lr: float = 1e-5 # code: 1e-5
     guidance_scale: float | None = 5.0 # while drawing; code: 5
