@@ -16,6 +16,8 @@ from ..files import KitError
 from ..video import clip_grid
 
 # %% ../../nbs/feedback/07_portrait.ipynb #2b3609c2
+def _signed(x): return f"{round(x, 2) + 0.:+.2f}" # -0.004 is +0.00
+
 @dataclass
 class Trait:
     "How the reward goes along with one attribute."
@@ -31,8 +33,8 @@ class Trait:
 
     def __str__(self):
         verdict = ("likes it" if self.low > 0 else "dislikes it") if self.told else "cannot be told"
-        interval = f"{self.correlation:+.2f} ({self.low:+.2f} .. {self.high:+.2f})"
-        return f"{self.name:16s} {interval}  {verdict:15s} shipped judge {self.shipped:+.2f}"
+        interval = f"{_signed(self.correlation)} ({_signed(self.low)} .. {_signed(self.high)})"
+        return f"{self.name:16s} {interval}  {verdict:15s} shipped judge {_signed(self.shipped)}"
 
 @dataclass
 class Portrait:
@@ -50,8 +52,8 @@ class Portrait:
         if not known:
             lines.append(f"{self.votes} votes are not enough to tell what you like: "
                          "no attribute's interval leaves 0 out")
-        elif left: lines.append(f"of {left} attributes {self.votes} votes cannot tell")
-        return "\n".join([*lines, f"correlation with the shipped judge {self.alike:+.2f}"])
+        elif left: lines.append(f"for {left} attributes {self.votes} votes are not enough")
+        return "\n".join([*lines, f"correlation with the shipped judge {_signed(self.alike)}"])
 
 # %% ../../nbs/feedback/07_portrait.ipynb #c12aa526
 def _correlation(a, b):
