@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from instructvideo_kit.machine import fast_dtype, fast_precision
 from instructvideo_kit.menagerie.captions import prompts, scenes
 from instructvideo_kit.menagerie.defects import render
 from instructvideo_kit.menagerie.oracle import Oracle, parse
@@ -45,16 +46,18 @@ def main():
     asked.add_argument("--seed", type=int, default=0)
     asked.add_argument("--out", type=Path, required=True)
     asked = asked.parse_args()
-    policy, oracle = VideoPolicy.from_pretrained(asked.policy), Oracle.from_pretrained()
+    policy, oracle = VideoPolicy.from_pretrained(asked.policy, dtype=fast_dtype()), Oracle.from_pretrained()
     captions = prompts(asked.n, seed=asked.seed)
-    clips = policy.generate(captions, asked.n_ddim, guidance_scale=asked.guidance_scale, seed=asked.seed).clamp(0, 1)
+    drawn = dict(guidance_scale=asked.guidance_scale, seed=asked.seed, progress=True)
+    clips = policy.generate(captions, asked.n_ddim, **drawn).float().clamp(0, 1)
     asked_for = spoiled(captions, asked.seed)
     clean = [replace(scene, defects=()) for scene in asked_for]
     drawn = {"generated": clips, "renders with defects": render(asked_for, size=oracle.size),
              "clean renders": render(clean, size=oracle.size)}
     told = {name: means(oracle(c, captions)) for name, c in drawn.items()}
     w = policy.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
-    settings = dict(policy=asked.policy, n=asked.n, n_ddim=asked.n_ddim or policy.n_ddim, guidance_scale=w)
+    settings = dict(policy=asked.policy, n=asked.n, n_ddim=asked.n_ddim or policy.n_ddim, guidance_scale=w,
+                    precision=fast_precision())
     asked.out.write_text(json.dumps(dict(settings=settings | dict(seed=asked.seed), figures=told), indent=1) + "\n")
     stem = asked.out.with_suffix("")
     clip_grid(clips[:24], scale=2, labels=captions[:24]).save(f"{stem}-sheet.png")
