@@ -125,7 +125,7 @@ def read_contrasts(
     for side in ("more", "less"):
         sides[side] = _side(given.get(side), equal, f"{where}: {side}")
         for point in sides[side]:
-            _check_point(point, f"{where}: {side}", check_steps)
+            _check_point(point, f"{where}: {side}", check_steps, point.step == "best" and not equal)
     found = [record(Contrast, {**given, **sides}, where, metric=m, group=g) for m, g in product(metrics, groups)]
     for contrast in found:
         _check_contrast(contrast, where)
@@ -143,11 +143,15 @@ def _side(given, equal, where): # the points of one side; of a curve its run
     return (Point(str(points[0]), "best"),)
 
 
-def _check_point(point, where, check_steps): # KitError unless a run is measured there
+def _check_point(point, where, check_steps, chosen=False): # KitError unless a run is measured there
     runs = {run.name for run in all_runs()}
     if point.run not in runs:
         raise KitError(f'{where} has the unknown run "{point.run}"; {near(point.run, runs)}')
     steps = steps_of(point.run, point.drawn)
+    judged = steps_of(point.run, point.drawn + ".tune")
+    if chosen and judged != steps:
+        raise KitError(f"{where} is {point}, chosen on captions of the tuning split, but {point.run} is measured there "
+                       f"at {judged or 'no step'}, expected {steps}")
     if check_steps and point.step != "best" and point.step not in steps:
         raise KitError(f"{where} is {point}, but {point.run} is measured at {steps or 'no step when drawn so'}")
 
@@ -360,7 +364,8 @@ def measure_over_base(
         more, less, keys = _curves(contrast, results, seeds)
         rows = _by_caption(gain_at_equal(more, less, contrast.equal), keys)
         return summarise(replace(contrast, what=what).label, rows, seeds, rule)
-    base = Contrast(what, contrast.more, (Point("base"),), contrast.metric, group=contrast.group)
+    untuned = Point("base", 0, contrast.more[0].drawn)
+    base = Contrast(what, contrast.more, (untuned,), contrast.metric, group=contrast.group)
     return measure(base, results, seeds, rule)
 
 # %% ../../nbs/measure/08_claims.ipynb #c1a10022
@@ -477,7 +482,7 @@ def missing_points(
 
 def _needed(contrast): # its points, and those that its metric and its base ask for
     clean = (Point("data-clean"),) if contrast.metric == "frechet" else ()
-    base = (Point("base"),) if contrast.over_base or contrast.equal else ()
+    base = (Point("base", 0, contrast.more[0].drawn),) if contrast.over_base or contrast.equal else ()
     return (*contrast.points, *base, *clean)
 
 # %% ../../nbs/measure/08_claims.ipynb #c1a10031
