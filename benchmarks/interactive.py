@@ -29,6 +29,7 @@ from instructvideo_kit.interactive.pipeline import InteractivePipeline
 from instructvideo_kit.interactive.session import EditSession
 from instructvideo_kit.measure.metrics import alignment as cosine
 from instructvideo_kit.measure.metrics import paired_bootstrap
+from instructvideo_kit.measure.results import weights_hash
 from instructvideo_kit.menagerie.arrows import arrow_cases
 from instructvideo_kit.menagerie.captions import prompts
 from instructvideo_kit.menagerie.defects import render
@@ -82,9 +83,9 @@ def painting(pipeline, args):
     for name, way in ways.items():
         plain = unpainted(**{k: v for k, v in way.items() if k == "guidance_scale"})
         clips = [go(seed, edited=painted, **way) for seed in range(args.seeds)]
-        change = statistics.mean(((a - b).abs() * elsewhere).mean().item() for a, b in zip(clips, plain))
+        changes = [((a - b).abs() * elsewhere).mean().item() for a, b in zip(clips, plain)]
         found[name] = dict(interval([redness(c, where) for c in plain], [redness(c, where) for c in clips]),
-                           elsewhere=change)
+                           elsewhere=statistics.mean(changes), elsewhere_by_seed=changes)
         print(f"{name}: {found[name]}", flush=True)
     return dict(seeds=args.seeds, of_the_blob=redness(painted[None], where) - redness(picture[None], where), ways=found)
 
@@ -218,7 +219,7 @@ def main():
                                      for name in (args.policy, args.images)))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
-    about = dict(policy=pipeline.i2v.name, device=args.device, dtype=args.dtype, clock=args.clock,
+    about = dict(policy=pipeline.i2v.name, weights=weights_hash(args.policy, "policy"), device=args.device, dtype=args.dtype, clock=args.clock,
                  torch=torch.__version__, threads=torch.get_num_threads(), n_ddim=args.n_ddim)
     for part in args.only:
         found[part] = dict(PARTS[part](pipeline, args), about=about)

@@ -88,7 +88,7 @@ def inequalities(claim):
         if isinstance(contrast, Contrast):
             found.append(nodes(contrast))
         if getattr(contrast, "over_base", "") == "required":
-            found.append([nodes(contrast)[0], (("base", 0, "d10", contrast.metric), -1)])
+            found.append([nodes(contrast)[0], (("base", 0, contrast.more[0].drawn, contrast.metric), -1)])
     return found
 
 
@@ -98,7 +98,7 @@ def levels_of(claim, sign=1.):
     level = {node: 0. for signed in wanted for node, _ in signed}
     for contrast in claim.contrasts:
         if getattr(contrast, "equal", "") or getattr(contrast, "over_base", ""): # curves begin there
-            level.setdefault(("base", 0, "d10", contrast.metric), 0.)
+            level.setdefault(("base", 0, contrast.more[0].drawn, contrast.metric), 0.)
     for _ in range(400):
         for signed in wanted:
             if sum(s*level[node] for node, s in signed) < .4:

@@ -13,7 +13,6 @@ from instructvideo_kit.measure.curves import (
     difference_at_equal,
     gain_at_equal,
     read_at,
-    tuning_reward,
 )
 from instructvideo_kit.measure.evaluate import Evaluation, compare, evaluate, judge_videos, prompt_groups, prompt_noise
 from instructvideo_kit.measure.metrics import (
@@ -174,8 +173,6 @@ def test_a_reward_that_falls_again_is_read_at_the_first_crossing():
 
 def test_the_best_checkpoint_is_chosen_by_tuning_captions():
     assert best_checkpoint({10: .1, 20: .5, 40: .4}) == 20
-    assert tuning_reward([0.]*10 + [1.]*4, window=4) == 1.
-    assert tuning_reward([0., 0., 1.], window=8) == pytest.approx(1/3)
 
 
 def test_frechet_between_diagonal_gaussians():

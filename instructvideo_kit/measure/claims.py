@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HOLDS', 'REFUTED', 'UNDECIDED', 'GPU', 'PEOPLE', 'NOT_RUN', 'NEEDS', 'Rule', 'Contrast', 'Filed', 'Claim',
            'read_contrasts', 'beats_tuned', 'read_claims', 'all_claims', 'seeds_of', 'difference_of', 'Measurement',
-           'summarise', 'measure', 'measure_over_base', 'filed_figures', 'measure_filed', 'Verdict', 'missing_points',
-           'decide', 'pick_claims', 'runs_of']
+           'summarise', 'measure', 'measure_over_base', 'filed_figures', 'outdated', 'measure_filed', 'Verdict',
+           'missing_points', 'decide', 'pick_claims', 'runs_of']
 
 # %% ../../nbs/measure/08_claims.ipynb #812d9c9d
 import json
@@ -30,7 +30,7 @@ from instructvideo_kit.measure.metrics import (
     stretched,
     two_way_error,
 )
-from .results import Results, curve_of_seed
+from .results import Results, curve_of_seed, weights_hash
 from .runs import Point, all_runs, steps_of, trains
 from ..menagerie.captions import GROUPS
 
@@ -125,7 +125,7 @@ def read_contrasts(
     for side in ("more", "less"):
         sides[side] = _side(given.get(side), equal, f"{where}: {side}")
         for point in sides[side]:
-            _check_point(point, f"{where}: {side}", check_steps)
+            _check_point(point, f"{where}: {side}", check_steps, point.step == "best" and not equal)
     found = [record(Contrast, {**given, **sides}, where, metric=m, group=g) for m, g in product(metrics, groups)]
     for contrast in found:
         _check_contrast(contrast, where)
@@ -143,11 +143,15 @@ def _side(given, equal, where): # the points of one side; of a curve its run
     return (Point(str(points[0]), "best"),)
 
 
-def _check_point(point, where, check_steps): # KitError unless a run is measured there
+def _check_point(point, where, check_steps, chosen=False): # KitError unless a run is measured there
     runs = {run.name for run in all_runs()}
     if point.run not in runs:
         raise KitError(f'{where} has the unknown run "{point.run}"; {near(point.run, runs)}')
     steps = steps_of(point.run, point.drawn)
+    judged = steps_of(point.run, point.drawn + ".tune")
+    if chosen and judged != steps:
+        raise KitError(f"{where} is {point}, chosen on captions of the tuning split, but {point.run} is measured there "
+                       f"at {judged or 'no step'}, expected {steps}")
     if check_steps and point.step != "best" and point.step not in steps:
         raise KitError(f"{where} is {point}, but {point.run} is measured at {steps or 'no step when drawn so'}")
 
@@ -360,7 +364,8 @@ def measure_over_base(
         more, less, keys = _curves(contrast, results, seeds)
         rows = _by_caption(gain_at_equal(more, less, contrast.equal), keys)
         return summarise(replace(contrast, what=what).label, rows, seeds, rule)
-    base = Contrast(what, contrast.more, (Point("base"),), contrast.metric, group=contrast.group)
+    untuned = Point("base", 0, contrast.more[0].drawn)
+    base = Contrast(what, contrast.more, (untuned,), contrast.metric, group=contrast.group)
     return measure(base, results, seeds, rule)
 
 # %% ../../nbs/measure/08_claims.ipynb #c1a10022
@@ -410,8 +415,8 @@ def _interactive(found): # InteractiveVideo's
     painted = found.get("painting", {}).get("ways", {})
     if way := painted.get("lambda 0"):
         figures["painted_region"] = _interval(way)
-    if way := painted.get("lambda 0, masked"):
-        figures |= {"region_outside": {"value": way["elsewhere"]}, "region_inside": {"value": way["low"]}}
+    if "elsewhere_by_seed" in painted.get("lambda 0, masked", {}):
+        figures["region_kept"] = _kept(*(painted[name]["elsewhere_by_seed"] for name in ("lambda 0", "lambda 0, masked")))
     for name, way in found.get("alignment", {}).get("ways", {}).get("lambda 0.5", {}).items():
         figures[f"{name}_alignment"] = _interval(way)
     drags = found.get("drag", {}).get("ways", {})
@@ -419,7 +424,32 @@ def _interactive(found): # InteractiveVideo's
     if arrows and "no arrow" in drags: # the first arrow, not the best
         missed, hit = (np.array(way["distances"]) <= found["drag"]["goal"] for way in (drags["no arrow"], arrows[0]))
         figures["drag_hits"] = dict(zip(("value", "low", "high"), paired_bootstrap(missed, hit)))
-    return figures
+    return figures | _latency(found.get("latency", {}).get("seconds", {}))
+
+
+def _kept(free, masked): # what a mask takes away of the change outside, as a share, by seed
+    return dict(zip(("value", "low", "high"), paired_bootstrap(np.array(masked)/np.array(free), np.ones(len(free)))))
+
+
+def _latency(seconds): # the slowest instruction ten times, with and without the stage that draws the picture
+    if "image stage, strength .6" not in seconds:
+        return {}
+    answers = max(seconds[f"{name} instruction"] for name in ("image", "content", "trajectory"))
+    slowest = {"ten_answers": answers, "ten_slowest": max(answers, seconds["image stage, strength .6"])}
+    figures = {name: {"value": 10*value} for name, value in slowest.items()}
+    return figures | {"video_stage": {"value": seconds["motion instruction (the video)"]}}
+
+
+def outdated(
+    found: dict, # what a benchmark wrote
+) -> str: # "" if all of it counts
+    "Which part was measured with other weights of a shipped policy than those of today."
+    for name, part in found.items():
+        about = part.get("about", {}) if isinstance(part, dict) else {}
+        policy = about.get("policy")
+        if policy and about.get("weights") != weights_hash(policy, "policy"):
+            return f'"{name}" was measured with other weights of {policy}; run the benchmark again'
+    return ""
 
 
 def _interval(way): return {"value": way["mean"], "low": way["low"], "high": way["high"]}
@@ -432,15 +462,20 @@ def _memory(found): # peak memory at the largest size less that at the smallest,
     return {f"{name}_added": {"value": rows[-1][name] - rows[0][name]} for name in ("onlinevpo", "refl")}
 
 # %% ../../nbs/measure/08_claims.ipynb #c1a10025
+def _filed(contrast, root): # what the file of a contrast holds; {} when it cannot be read
+    try:
+        return json.loads((Path(root)/contrast.file).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def measure_filed(
     contrast: Filed,
     root: str | Path, # folder that holds benchmarks/
 ) -> Measurement | None: # None when the file or a figure is not there
     "The contrast from its file: a value with its interval, or the smallest and largest gap of values in order."
-    try:
-        known = filed_figures(json.loads((Path(root)/contrast.file).read_text()))
-    except (OSError, ValueError):
-        return None
+    found = _filed(contrast, root)
+    known = {} if outdated(found) else filed_figures(found)
     if any(name not in known for name in contrast.figures):
         return None
     values = [known[name]["value"] for name in contrast.figures]
@@ -477,7 +512,7 @@ def missing_points(
 
 def _needed(contrast): # its points, and those that its metric and its base ask for
     clean = (Point("data-clean"),) if contrast.metric == "frechet" else ()
-    base = (Point("base"),) if contrast.over_base or contrast.equal else ()
+    base = (Point("base", 0, contrast.more[0].drawn),) if contrast.over_base or contrast.equal else ()
     return (*contrast.points, *base, *clean)
 
 # %% ../../nbs/measure/08_claims.ipynb #c1a10031
@@ -506,7 +541,8 @@ def _add(verdict, contrast, results, root, rule): # measure a contrast; why it c
     if isinstance(contrast, Filed):
         found = measure_filed(contrast, root)
         verdict.measurements += [found] if found else []
-        return "" if found else f"{contrast.file} has no {' and '.join(contrast.figures)} yet"
+        missing = f"{contrast.file} has no {' and '.join(contrast.figures)} yet"
+        return "" if found else outdated(_filed(contrast, root)) or missing
     seeds = seeds_of(contrast, results)
     if not seeds:
         return "its runs have no tuning seed in common"

@@ -18,9 +18,9 @@ import numpy as np
 
 from .. import __version__
 from ..files import KitError, borrowed, locate, write_atomic
-from .curves import Curve, best_checkpoint, tuning_reward
+from .curves import Curve, best_checkpoint
 from .evaluate import Evaluation
-from .runs import Point, Run, Split, all_runs, config_of, precision_of, trains
+from .runs import Point, Run, Split, all_runs, config_of, precision_of, steps_of, trains
 from ..tuning.run_folder import FREE_FIELDS
 from ..tuning.stream import fingerprint
 
@@ -207,22 +207,27 @@ class Results:
                 self.found.setdefault((run.name, step, split.drawn), {})[run.seed] = Result.load(path)
 
     def at(self, point: Point) -> dict[int, Result]:
-        "The results of a point for each tuning seed; of `run@best` each seed's own best checkpoint."
+        "The results of a point for each tuning seed; of `run@best` each seed's best checkpoint, or its last."
         if point.step != "best":
             return self.found.get((point.run, point.step, point.drawn), {})
-        checkpoints = {}
+        chosen = {seed: best_checkpoint(worth) for seed, worth in self._worth(point).items()}
+        return {seed: self.at(replace(point, step=step))[seed] for seed, step in chosen.items()}
+
+    def _worth(self, point): # {seed: {step: reward on captions of the tuning split}}; of a curve the last step counts most
+        worth, tuned_on = {}, point.drawn + ".tune"
+        is_curve = not steps_of(point.run, tuned_on)
         for step in self.steps(point.run, point.drawn):
-            for seed, result in self.found.get((point.run, step, point.drawn), {}).items():
-                checkpoints.setdefault(seed, {})[step] = result
-        return {seed: _best(of_seed) for seed, of_seed in checkpoints.items()}
+            marks = self.at(Point(point.run, step, tuned_on))
+            for seed in self.at(replace(point, step=step)):
+                if seed in marks or is_curve:
+                    mark = step if is_curve else marks[seed].evaluation.means()["reward"]
+                    worth.setdefault(seed, {})[step] = mark
+        return worth
 
     def steps(self, name: str, drawn: str = "d10") -> list[int]:
         "Steps at which a run was measured."
         return sorted(step for run, step, d in self.found if (run, d) == (name, drawn))
 
-
-def _best(of_seed): # {step: Result} -> the Result chosen by the captions that were tuned on
-    return of_seed[best_checkpoint({step: tuning_reward(result.curve) for step, result in of_seed.items()})]
 
 # %% ../../nbs/measure/07_results.ipynb #4e500028
 def curve_of_seed(

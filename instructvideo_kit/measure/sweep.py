@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..files import KitError
-from .data import read_yaml, record
+from .data import need_metric, read_yaml, record
 from .results import Results
 from .runs import Point, Run, Split, all_runs
 
@@ -25,6 +25,7 @@ class Sweep:
     rates: tuple[float, ...] # values of `lr`
     step: int # where they are compared: the run's own length
     seeds: int = 2 # tuning seeds for each
+    metric: str = "reward" # by which a rate is chosen: the mark of the judge that the run follows
 
     @property
     def runs(self) -> list[Run]:
@@ -53,13 +54,14 @@ def all_sweeps() -> list[Sweep]:
 def rates_tried(
     sweep: Sweep,
     out: str | Path, # results folder
-) -> dict[float, list[float]]: # rate -> mean reward of each seed that was run
+) -> dict[float, list[float]]: # rate -> mean mark of each seed that was run
     "What is known of each rate."
+    need_metric(sweep.metric, f"the sweep of {sweep.run}")
     results = Results(out, sweep.runs[::sweep.seeds], range(FIRST_SEED, FIRST_SEED + sweep.seeds))
     tried = {}
     for rate, run in zip(sweep.rates, sweep.runs[::sweep.seeds]):
         of_seed = results.at(Point(run.name, sweep.step, TUNED_ON.drawn)).values()
-        tried[rate] = [result.evaluation.means()["reward"] for result in of_seed]
+        tried[rate] = [result.evaluation.means()[sweep.metric] for result in of_seed]
     return tried
 
 def best_rate(
