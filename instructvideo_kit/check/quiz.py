@@ -114,7 +114,10 @@ QUIZZES = {
                     "perhaps they are, perhaps the model found what the judge does not mind: look at the videos, and"
                     " ask somebody else"
                 ),
-                "b": "exactly that, and no more: the model was tuned to please this judge, so its score proves nothing else",
+                "b": (
+                    "exactly that, and no more: the model was tuned to please this judge, so its score proves"
+                    " nothing else"
+                ),
                 "c": (
                     "the captions were not in the tuning set, but what fools the judge on one caption fools it on another"
                 ),
@@ -145,7 +148,10 @@ QUIZZES = {
             "b",
             {
                 "a": "both take four frames: the cost is the same",
-                "b": "stratified sampling: the same mean and a smaller variance, as no draw can fall into the good half only",
+                "b": (
+                    "stratified sampling: the same mean and a smaller variance, as no draw can fall into the"
+                    " good half only"
+                ),
                 "c": "the judge sees one frame at a time and knows no order",
             },
         ),
@@ -185,7 +191,10 @@ QUIZZES = {
             "b",
             {
                 "a": "it is largest there, nearly 1: the latents are almost clean",
-                "b": "one training step instead of fifty: 0.7 degrees, and the gradient of a step grows with the sine of its angle",
+                "b": (
+                    "one training step instead of fifty: 0.7 degrees, and the gradient of a step grows with"
+                    " the sine of its angle"
+                ),
                 "c": "it sees every pixel; it is the step that can hardly move them",
             },
         ),

@@ -416,7 +416,8 @@ def _interactive(found): # InteractiveVideo's
     if way := painted.get("lambda 0"):
         figures["painted_region"] = _interval(way)
     if "elsewhere_by_seed" in painted.get("lambda 0, masked", {}):
-        figures["region_kept"] = _kept(*(painted[name]["elsewhere_by_seed"] for name in ("lambda 0", "lambda 0, masked")))
+        free, masked = painted["lambda 0"], painted["lambda 0, masked"]
+        figures["region_kept"] = _kept(free["elsewhere_by_seed"], masked["elsewhere_by_seed"])
     for name, way in found.get("alignment", {}).get("ways", {}).get("lambda 0.5", {}).items():
         figures[f"{name}_alignment"] = _interval(way)
     drags = found.get("drag", {}).get("ways", {})

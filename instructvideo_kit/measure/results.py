@@ -213,7 +213,7 @@ class Results:
         chosen = {seed: best_checkpoint(worth) for seed, worth in self._worth(point).items()}
         return {seed: self.at(replace(point, step=step))[seed] for seed, step in chosen.items()}
 
-    def _worth(self, point): # {seed: {step: reward on captions of the tuning split}}; of a curve the last step counts most
+    def _worth(self, point): # {seed: {step: reward on the tuning split's captions}}; of a curve the last step is best
         worth, tuned_on = {}, point.drawn + ".tune"
         is_curve = not steps_of(point.run, tuned_on)
         for step in self.steps(point.run, point.drawn):
