@@ -119,7 +119,7 @@ QUIZZES = {
                     " nothing else"
                 ),
                 "c": (
-                    "the captions were not in the tuning set, but what fools the judge on one caption fools it on another"
+                    "the captions were not in the tuning set, but what fools a judge on one caption fools it on others"
                 ),
             },
         ),
