@@ -219,8 +219,9 @@ def main():
                                      for name in (args.policy, args.images)))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
-    about = dict(policy=pipeline.i2v.name, weights=weights_hash(args.policy, "policy"), device=args.device, dtype=args.dtype, clock=args.clock,
-                 torch=torch.__version__, threads=torch.get_num_threads(), n_ddim=args.n_ddim)
+    about = dict(policy=pipeline.i2v.name, weights=weights_hash(args.policy, "policy"), device=args.device,
+                 dtype=args.dtype, clock=args.clock, torch=torch.__version__, threads=torch.get_num_threads(),
+                 n_ddim=args.n_ddim)
     for part in args.only:
         found[part] = dict(PARTS[part](pipeline, args), about=about)
         write_atomic(args.out, json.dumps(found, indent=1))
