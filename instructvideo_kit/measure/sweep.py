@@ -81,8 +81,9 @@ def sweep_table(
     lines = [line for line in (_sweep_line(sweep, rates_tried(sweep, out)) for sweep in all_sweeps()) if line]
     if not lines:
         return ""
-    head = "## Rates\n\nReward on captions of the tuning split for each rate, a mean over seeds that nothing else uses."
-    return "\n".join([head, "", "| run | steps | rate: reward |", "|---|---:|---|", *lines])
+    head = ("## Rates\n\nMark of the judge that a run follows, on captions of the tuning split, for each rate: a mean over "
+            "seeds that nothing else uses. Bold: the best.")
+    return "\n".join([head, "", "| run | steps | rate: mark |", "|---|---:|---|", *lines])
 
 
 def _sweep_line(sweep, tried): # "" where none of its rates was run
@@ -91,4 +92,5 @@ def _sweep_line(sweep, tried): # "" where none of its rates was run
         if rewards:
             text = f"{rate:g}: {sum(rewards)/len(rewards):+.3f}"
             cells.append(f"**{text}**" if rate == best else text)
-    return f"| `{sweep.run}` | {sweep.step} | {'; '.join(cells)} |" if cells else ""
+    edge = ", at the edge of what was tried" if best in (sweep.rates[0], sweep.rates[-1]) else ""
+    return f"| `{sweep.run}` | {sweep.step} | {'; '.join(cells)}{edge} |" if cells else ""
