@@ -81,8 +81,8 @@ def sweep_table(
     lines = [line for line in (_sweep_line(sweep, rates_tried(sweep, out)) for sweep in all_sweeps()) if line]
     if not lines:
         return ""
-    head = ("## Rates\n\nMark of the judge that a run follows, on captions of the tuning split, for each rate: a mean over "
-            "seeds that nothing else uses. Bold: the best.")
+    head = ("## Rates\n\nMark of the judge that a run follows, on captions of the tuning split, for each rate: a mean "
+            "over seeds that nothing else uses. Bold: the best.")
     return "\n".join([head, "", "| run | steps | rate: mark |", "|---|---:|---|", *lines])
 
 
