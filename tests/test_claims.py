@@ -40,7 +40,7 @@ class MadeUp:
         self.tuned, self.known = TUNED, {}
 
     def at(self, point):
-        step = point.step if point.step != "best" else best_checkpoint({s: s for s in self.steps(point.run)})
+        step = point.step if isinstance(point.step, int) else best_checkpoint({s: s for s in self.steps(point.run)})
         key = (point.run, step, point.drawn)
         if key not in self.known:
             seeds = self.seeds if point.run in TUNED else [0]
@@ -75,7 +75,8 @@ class MadeUp:
 
 def nodes(contrast):
     "(node, sign) of what has to differ for a contrast; a curve or a best checkpoint is one level for all its steps."
-    def node(point, metric): return (point.run, "any" if point.step == "best" else point.step, point.drawn, metric)
+    def node(point, metric):
+        return (point.run, point.step if isinstance(point.step, int) else "any", point.drawn, metric)
     signed = [(node(p, contrast.metric), 1) for p in contrast.more]
     signed += [(node(p, contrast.less_metric or contrast.metric), -1) for p in contrast.less]
     return signed
@@ -235,7 +236,7 @@ def test_the_runs_of_a_claim_are_all_it_needs(claim, tmp_path):
     known = {(run.name, step, split.drawn) for run in claims.runs_of([claim]) for step, split in run.points}
     for contrast in claim.contrasts:
         for point in claims._needed(contrast) if isinstance(contrast, Contrast) else ():
-            steps = steps_of(point.run) if point.step == "best" else [point.step]
+            steps = [point.step] if isinstance(point.step, int) else steps_of(point.run)
             assert all((point.run, step, point.drawn) in known for step in steps), point
 
 

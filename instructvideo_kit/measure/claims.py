@@ -125,7 +125,7 @@ def read_contrasts(
     for side in ("more", "less"):
         sides[side] = _side(given.get(side), equal, f"{where}: {side}")
         for point in sides[side]:
-            _check_point(point, f"{where}: {side}", check_steps, point.step == "best" and not equal)
+            _check_point(point, f"{where}: {side}", check_steps, point.step == "best")
     found = [record(Contrast, {**given, **sides}, where, metric=m, group=g) for m, g in product(metrics, groups)]
     for contrast in found:
         _check_contrast(contrast, where)
@@ -140,7 +140,7 @@ def _side(given, equal, where): # the points of one side; of a curve its run
         return tuple(Point.read(point, where) for point in points)
     if len(points) != 1 or "@" in str(points[0]):
         raise KitError(f"{where} is {given!r}, expected one run such as iv: with `equal` its whole curve is read")
-    return (Point(str(points[0]), "best"),)
+    return (Point(str(points[0]), "last"),)
 
 
 def _check_point(point, where, check_steps, chosen=False): # KitError unless a run is measured there
@@ -152,7 +152,7 @@ def _check_point(point, where, check_steps, chosen=False): # KitError unless a r
     if chosen and judged != steps:
         raise KitError(f"{where} is {point}, chosen on captions of the tuning split, but {point.run} is measured there "
                        f"at {judged or 'no step'}, expected {steps}")
-    if check_steps and point.step != "best" and point.step not in steps:
+    if check_steps and isinstance(point.step, int) and point.step not in steps:
         raise KitError(f"{where} is {point}, but {point.run} is measured at {steps or 'no step when drawn so'}")
 
 
@@ -605,4 +605,4 @@ def runs_of(
 
 def _serves(run, needed): # whether an entry of runs.yaml is measured at one of the points
     measured = {Point(run.name, step, split.drawn) for step, split in run.points}
-    return bool(needed & (measured | {Point(run.name, "best")}))
+    return bool(needed & (measured | {Point(run.name, "best"), Point(run.name, "last")}))

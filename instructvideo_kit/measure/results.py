@@ -20,7 +20,7 @@ from .. import __version__
 from ..files import KitError, borrowed, locate, write_atomic
 from .curves import Curve, best_checkpoint
 from .evaluate import Evaluation
-from .runs import Point, Run, Split, all_runs, config_of, precision_of, steps_of, trains
+from .runs import Point, Run, Split, all_runs, config_of, precision_of, trains
 from ..tuning.run_folder import FREE_FIELDS
 from ..tuning.stream import fingerprint
 
@@ -207,15 +207,14 @@ class Results:
                 self.found.setdefault((run.name, step, split.drawn), {})[run.seed] = Result.load(path)
 
     def at(self, point: Point) -> dict[int, Result]:
-        "The results of a point for each tuning seed; of `run@best` each seed's best checkpoint, or its last."
-        if point.step != "best":
+        "The results of a point for each tuning seed; of `run@best` each seed's best checkpoint, of a curve its last."
+        if isinstance(point.step, int):
             return self.found.get((point.run, point.step, point.drawn), {})
         chosen = {seed: best_checkpoint(worth) for seed, worth in self._worth(point).items()}
         return {seed: self.at(replace(point, step=step))[seed] for seed, step in chosen.items()}
 
     def _worth(self, point): # {seed: {step: reward on the tuning split's captions}}; of a curve the last step is best
-        worth, tuned_on = {}, point.drawn + ".tune"
-        is_curve = not steps_of(point.run, tuned_on)
+        worth, tuned_on, is_curve = {}, point.drawn + ".tune", point.step == "last"
         for step in self.steps(point.run, point.drawn):
             marks = self.at(Point(point.run, step, tuned_on))
             for seed in self.at(replace(point, step=step)):

@@ -75,7 +75,7 @@ class Run:
 class Point:
     "A run at one of its steps."
     run: str # name
-    step: int | str = 0 # or "best": where the reward on its tuning captions was highest
+    step: int | str = 0 # or "best": where the reward on its tuning captions was highest; "last": a whole curve
     drawn: str = "d10" # of the split
 
     @classmethod
