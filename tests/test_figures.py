@@ -37,6 +37,9 @@ SOURCES = {
         ("the reward rises by", DEMO, r"^\| (reward|dullness|flicker) \| all"),
         ("strict oracle finds the right subject", DEMO, r"^\| species \| all"),
         ("GRPO, which never sees", "tutorials/logs/grpo/comparison.md", r"^\| (reward|species) \| all"),
+        ("The difference in reward is", "reproduction/README.md", r"^\*\*The main claim"),
+        ("by a reward of +.32", "reproduction/README.md", r"^\*\*The main claim"),
+        ("by a reward of +.46", "reproduction/README.md", r"^\*\*The main claim"),
         ("were counted tensor by tensor", "nbs/tuning/30_memory.ipynb", r""),
     ],
 }
