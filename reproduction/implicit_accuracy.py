@@ -101,7 +101,7 @@ def measure(name, seed, args, changed, metrics, pairs):
     load_lora(policy, run_folder(args.out, run)/"checkpoints"/f"step-{step:06d}")
     margins = implicit_margins(policy, pairs)
     right = ((margins > 0).float() + .5*(margins == 0).float()).tolist()
-    return {"run": name, "seed": seed, "step": step, "settings": changed, "right": right}
+    return {"run": name, "seed": seed, "step": step, "asked": args.step, "settings": changed, "right": right}
 
 
 def summary(lines):
@@ -120,7 +120,8 @@ def main():
     changed = {name: number(value) for name, value in (given.split("=", 1) for given in args.set)}
     path = args.out/"implicit_accuracy.json"
     kept = json.loads(path.read_text())["lines"] if path.exists() else []
-    lines = [line for line in kept if line["settings"] == changed and len(line["right"]) == args.captions]
+    def asked(line): return (line["settings"], line["asked"], len(line["right"])) == (changed, args.step, args.captions)
+    lines, others = [line for line in kept if asked(line)], [line for line in kept if not asked(line)]
     metrics, pairs, figures = Metrics(), None, summary(lines)
     for seed in range(args.seeds):
         for name in args.runs:
@@ -130,7 +131,7 @@ def main():
                                           prompts(args.captions, "evaluation"))
             lines.append(measure(name, seed, args, changed, metrics, pairs))
             figures = summary(lines)
-            write_atomic(path, json.dumps({"figures": figures, "lines": lines}) + "\n")
+            write_atomic(path, json.dumps({"figures": figures, "lines": lines + others}) + "\n")
             print(f"{name} seed {seed}: {sum(lines[-1]['right'])/args.captions:.3f}", flush=True)
     for name, found in figures.items():
         print(f"{name}: {.5 + found['value']:.3f} ({.5 + found['low']:.3f} to {.5 + found['high']:.3f})")
