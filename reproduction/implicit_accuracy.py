@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from instructvideo_kit.cli import parse_set
 from instructvideo_kit.files import write_atomic
 from instructvideo_kit.measure.execute import DTYPES, Metrics, run_folder, tuned_policy
 from instructvideo_kit.measure.metrics import seed_bootstrap
@@ -43,14 +44,6 @@ def read_arguments():
     parser.add_argument("--set", action="append", default=[], help="a setting of the runs, such as lr=1e-3")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of results; default: %(default)s")
     return parser.parse_args()
-
-
-def number(text):
-    "What stands behind = in --set: a number where it is one."
-    try:
-        return float(text) if set(text) & set(".e") else int(text)
-    except ValueError:
-        return text
 
 
 def the_run(name, seed, step, changed):
@@ -117,7 +110,7 @@ def summary(lines):
 
 def main():
     args = read_arguments()
-    changed = {name: number(value) for name, value in (given.split("=", 1) for given in args.set)}
+    changed = parse_set(args.set)
     path = args.out/"implicit_accuracy.json"
     kept = json.loads(path.read_text())["lines"] if path.exists() else []
     def asked(line): return (line["settings"], line["asked"], len(line["right"])) == (changed, args.step, args.captions)

@@ -168,15 +168,16 @@ def draw_differences(
     figure = Figure(figsize=(2.1*n + 1.4, .7 + .32*len(found)), layout="constrained")
     for axes, metric in zip(figure.subplots(1, n, sharey=True, squeeze=False)[0], picture.metrics):
         for y, measured in enumerate(found.values()):
-            _dot(axes, y, measured[metric])
+            _dot(axes, y, measured[metric], better=meaning(metric).better)
         _bare(axes, list(found))
         axes.locator_params(axis="x", nbins=4)
         axes.set_title(f"{meaning(metric).words}\nminus {first}", fontsize=8, loc="left", color=INK)
     return figure
 
 
-def _dot(axes, y, measured, scale=1.): # a measurement on its line
-    colour = COLOUR[measured.verdict]
+def _dot(axes, y, measured, scale=1., better=1): # a measurement on its line; better: -1 where less is better
+    turned = {HOLDS: REFUTED, REFUTED: HOLDS} if better < 0 else {}
+    colour = COLOUR[turned.get(measured.verdict, measured.verdict)]
     axes.plot([measured.low*scale, measured.high*scale], [y, y], color=colour, lw=2.2)
     axes.plot(measured.mean*scale, y, "o", color=colour, ms=5)
 
