@@ -80,7 +80,7 @@ def test_sample_and_evaluate_a_run(run, tmp_path):
 
 def test_the_demo_runs_through(tmp_path):
     size = demo.DemoSize(captions=3, seeds=1, n_ddim=2, clips=2, steps=1)
-    fewer = locate("menagerie", "preset").read_text().replace("n_ddim: 20", "n_ddim: 4").replace("batch: 4", "batch: 1")
+    fewer = locate("menagerie", "preset").read_text().replace("n_ddim: 10", "n_ddim: 4").replace("batch: 4", "batch: 1")
     (tmp_path/"preset.yaml").write_text(fewer)
     report = demo.run_demo(tmp_path/"demo", preset=tmp_path/"preset.yaml", size=size)
     assert report.stat().st_size > 10_000
