@@ -105,6 +105,7 @@ def summary(lines):
         if len(right) > 1:
             mean, low, high = seed_bootstrap((right - .5).numpy())
             figures[name] = {"value": mean, "low": low, "high": high, "seeds": len(right)}
+            figures[f"{name}_below"] = {"value": -mean, "low": -high, "high": -low, "seeds": len(right)}
     return figures
 
 
@@ -127,6 +128,7 @@ def main():
             write_atomic(path, json.dumps({"figures": figures, "lines": lines + others}) + "\n")
             print(f"{name} seed {seed}: {sum(lines[-1]['right'])/args.captions:.3f}", flush=True)
     for name, found in figures.items():
+        if name.endswith("_below"): continue
         print(f"{name}: {.5 + found['value']:.3f} ({.5 + found['low']:.3f} to {.5 + found['high']:.3f})")
 
 

@@ -5,11 +5,12 @@ a setting that hides its signal. The control is the same run with the sign of th
 
     python reproduction/smallest_world.py --algorithm grpo --seed 0
     python reproduction/smallest_world.py --algorithm grpo --seed 0 --sign -1
-    python reproduction/smallest_world.py --every         # three algorithms, three seeds, both signs; goes on
+    python reproduction/smallest_world.py --every --rounds 20 --set lr=3e-3    # 3 algorithms, 3 seeds, both signs; goes on
 
 A run says the mean brightness of its first and last rounds with standard errors (over clips), and the gain in units of
 its own error. A round is drawn before the policy is moved, so the first round is the base. With --every, a line for
-each run goes into reproduction/rl/smallest_world.jsonl; runs that stand there are not made again."""
+each run goes into reproduction/rl/smallest_world.jsonl; runs that stand there are not made again. smallest_world.json
+beside it has the gain of each algorithm and sign with its interval over seeds."""
 import argparse
 import json
 import math
@@ -17,6 +18,12 @@ import tempfile
 from itertools import product
 from pathlib import Path
 
+import numpy as np
+
+from instructvideo_kit.feedback.votes import append_line
+from instructvideo_kit.files import write_atomic
+from instructvideo_kit.measure.execute import parse_shard
+from instructvideo_kit.measure.metrics import t_quantile
 from instructvideo_kit.reward.plain import brightness
 
 CAPTION = "a fox walking to the left in the meadow"
@@ -89,16 +96,36 @@ def run(algorithm, seed, sign, rounds, out=None, settings=(), model="menagerie")
     return told
 
 
-def every(rounds, model):
+def every(rounds, model, settings, shard):
     "All runs that are not in the file yet, a line for each."
     LINES.parent.mkdir(exist_ok=True)
-    known = [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
-    done = {(row["algorithm"], row["seed"], row["sign"], row["model"]) for row in known}
-    for seed, algorithm, sign in product(SEEDS, ALGORITHMS, SIGNS):
-        if (algorithm, seed, sign, model) in done: continue
-        told = run(algorithm, seed, sign, rounds, model=model)
-        with open(LINES, "a") as lines: lines.write(json.dumps(told) + "\n")
+    about = dict(rounds=rounds, model=model, settings=sorted(settings))
+    i, n = parse_shard(shard)
+    for seed, algorithm, sign in list(product(SEEDS, ALGORITHMS, SIGNS))[i::n]:
+        if known(dict(algorithm=algorithm, seed=seed, sign=sign, **about)): continue
+        told = run(algorithm, seed, sign, rounds, settings=settings, model=model) | about
+        append_line(LINES, told)
         print(algorithm, seed, sign, f"{told['gain']:+.4f}", f"{told['errors']:+.1f} errors", told["seconds"], flush=True)
+    write_atomic(LINES.with_suffix(".json"), json.dumps({"figures": gains(known(about))}, indent=1) + "\n")
+
+
+def known(about):
+    "The lines of the file that say so."
+    lines = [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
+    return [line for line in lines if all(line.get(name) == value for name, value in about.items())]
+
+
+def gains(lines):
+    "algorithm, up or down -> how far brightness moved the way it should, and the interval: Student's t over seeds."
+    figures = {}
+    for algorithm, sign in product(ALGORITHMS, SIGNS):
+        runs = [line for line in lines if (line["algorithm"], line["sign"]) == (algorithm, sign)]
+        if len(runs) < 2: continue
+        gained, n = np.array([line["gain"] for line in runs]), len(runs)
+        mean, half = float(gained.mean()), float(t_quantile(.975, n - 1)*gained.std(ddof=1)/n**.5)
+        about = dict(low=mean - half, high=mean + half, seeds=n, fewest_errors=min(line["errors"] for line in runs))
+        figures[f"{algorithm}_{'up' if sign > 0 else 'down'}"] = dict(value=mean, **about)
+    return figures
 
 
 def main():
@@ -111,8 +138,9 @@ def main():
     parser.add_argument("--out", type=Path, help="run folder; one that is there is gone on with")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the config")
     parser.add_argument("--every", action="store_true", help="all algorithms, seeds and signs")
+    parser.add_argument("--shard", default="1/1", help="the part of --every that this process takes, such as 2/2")
     asked = parser.parse_args()
-    if asked.every: return every(asked.rounds, asked.model)
+    if asked.every: return every(asked.rounds, asked.model, asked.set, asked.shard)
     told = run(asked.algorithm, asked.seed, asked.sign, asked.rounds, asked.out, asked.set, asked.model)
     print(json.dumps(told, indent=1))
 

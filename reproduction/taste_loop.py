@@ -7,7 +7,8 @@
 
 One JSON line per run in OUT/loop.jsonl, written when the run is done; a run whose line is there (same taste, direction,
 seed, votes, anchor, algorithm, model, steps and rate) is skipped, one that was cut off begins again. Beside it OUT/strips
-(a picture of each run), OUT/loop.json (intervals over seeds and captions, subjects found) and OUT/loop.png. The
+(a picture of each run), OUT/loop.json (intervals over seeds and captions, subjects found), OUT/claims.json (the same for
+the scoreboard) and OUT/loop.png. The
 direction is own (tuned to this taste) or contrary (tuned to its opposite, asked about the same taste); the anchor is
 what holds the model near its base: none, a data term, a pull to the base (kl), or both. Look at the strips: a taste may
 rise and the clips be lost."""
@@ -224,6 +225,18 @@ def summary(rows):
     return found
 
 
+def figures_of(found):
+    "What the claims of the scoreboard read: how far each true taste moved, towards it and, tuned to its opposite, away."
+    figures = {}
+    for row in found:
+        if "low" not in row: continue
+        towards = row["direction"] == "own"
+        name = f"{row['taste']}_{'up' if towards else 'down'}"
+        ends = (row["low"], row["high"]) if towards else (-row["high"], -row["low"])
+        figures[name] = dict(value=row["change"]*(1 if towards else -1), low=ends[0], high=ends[1], seeds=row["seeds"])
+    return figures
+
+
 def subjects_of(runs):
     "Share of clips in which the oracle finds the subject, before and after; nothing where it was not asked."
     asked = [r["marks"]["species"] for r in runs if "species" in r.get("marks", {})]
@@ -332,7 +345,9 @@ def main():
     write_atomic(given.out/"loop.json", json.dumps(found, indent=1))
     several = len({(r["votes"], r["anchor"]) for r in rows}) > 1 # the over-optimisation figure was asked for
     if several: draw_figure(rows, given.out/"loop.png")
-    else: draw_tastes(found, given.out/"loop.png")
+    else:
+        write_atomic(given.out/"claims.json", json.dumps({"figures": figures_of(found)}, indent=1) + "\n")
+        draw_tastes(found, given.out/"loop.png")
     for row in found: print(row)
 
 
