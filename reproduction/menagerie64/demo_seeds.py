@@ -49,7 +49,8 @@ def main():
     for name, r in found.items():
         print(f"| {name} | {r['before']} | {r['after']} | {r['change']:+} | {r['low']:+} to {r['high']:+} |")
     out = Path(__file__).resolve().parent/"demo_seeds.json"
-    write_atomic(out, json.dumps(dict(seeds=len(given.folders), figures=found), indent=1) + "\n")
+    lines = ",\n".join(f'  "{name}": {json.dumps(row)}' for name, row in found.items()) # a line for each figure
+    write_atomic(out, f'{{"tuning seeds": {len(given.folders)}, "figures": {{\n{lines}\n}}}}\n')
 
 
 if __name__ == "__main__":
