@@ -40,7 +40,7 @@ lint: setup
 	@.venv/bin/python tools/lint.py $(ARGS)
 
 lab: setup
-	@.venv/bin/jupyter lab $(ROOT_FLAG) --LabApp.default_url=/lab/tree/tutorials/student/01_start_here.ipynb
+	@.venv/bin/jupyter lab $(ROOT_FLAG) --LabApp.news_url=None --LabApp.default_url=/lab/tree/tutorials/student/01_start_here.ipynb $(ARGS)
 
 export: setup
 	@.venv/bin/nbdev_export && .venv/bin/python tools/clean.py

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(r"#\| (answer|graded|setup)\b ?(\w*) ?([\d.]*)[^\n]*\n?")
 SOLUTION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n(.*?)^[ \t]*### END SOLUTION(\n|\Z)", re.M | re.S)
 HIDDEN = re.compile(r"^[ \t]*### BEGIN HIDDEN TESTS\n(.*?)^[ \t]*### END HIDDEN TESTS(?:\n|\Z)", re.M | re.S)
+QUIZ = re.compile(r"(check\.quiz\('\w+')((?:, '[abc]')+)\)")
 MARK = re.compile(r"^[ \t]*### (?:BEGIN|END) (?:SOLUTION|HIDDEN TESTS)\n?", re.M)
 COLAB = """import sys
 if "google.colab" in sys.modules: # this release of the kit, beside Colab's own torch
@@ -101,6 +102,11 @@ def stub(found): return f"{found[1]}... # your code here, {budget(found[2])}\n"
 def student_code(text): return HIDDEN.sub("", SOLUTION.sub(stub, DIRECTIVE.sub("", text, count=1))).rstrip("\n")
 
 
+def open_quiz(text):
+    "A quiz without the letters of the master."
+    return QUIZ.sub(lambda m: m[1] + ", None"*m[2].count(",") + ")", text)
+
+
 def solved_code(text): return MARK.sub("", DIRECTIVE.sub("", text, count=1)).rstrip("\n")
 
 
@@ -111,6 +117,7 @@ def edit_cell(cell, edition, where):
     if edition == "solved": cell["metadata"].pop("nbgrader", None)
     text = source(cell)
     if kind: text = (student_code if edition == "student" else solved_code)(text)
+    if edition == "student": text = open_quiz(text)
     cell["source"] = COLAB.format(edition=edition, **where) + text if kind == "setup" else text
     return cell
 

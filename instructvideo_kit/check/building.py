@@ -41,13 +41,13 @@ def _levels(steps, alpha_bar, last=None):
 
 def _two(guess, z, t, caption, w): return guide(guess(z, t, caption), guess(z, t, ""), w)
 
-def _drawn(guess, z, caption, steps, alpha_bar, w, combine=_two, levels=None, eps_of=None):
+def _drawn(guess, z, caption, steps, alpha_bar, w, combine=_two, levels=None, eps_of=None, clip=(.5, .5), noise=.5):
     "Clean guess, noise, and both at the next level; parts can be replaced by wrong ones."
     first = z
     for t, (a, b) in zip(steps, levels or _levels(steps, alpha_bar)):
         x0 = combine(guess, z, t, caption, w)
-        eps = first if eps_of else (z - a**.5*x0)/(1 - a)**.5
-        z = b**.5*x0 + (1 - b)**.5*eps
+        eps = first if eps_of else (z - a**clip[0]*x0)/(1 - a)**.5
+        z = b**clip[1]*x0 + (1 - b)**noise*eps
     return z
 
 def _other_guidance(of): # (with the caption, without it, w) -> a wrong mixture
@@ -70,6 +70,14 @@ GUIDED_DRAW = [
             "you mix the noise of the beginning in again; read the noise off at each step: what is left of z"),
     Mistake(lambda f, z, c, ts, ab, w: _drawn(f, z, c, ts, ab, w, levels=[(a*a, b*b) for a, b in _levels(ts, ab)]),
             "shares of variance where amplitudes belong: take square roots of alpha_bar"),
+    Mistake(lambda f, z, c, ts, ab, w: _drawn(f, z, c, ts, ab, w, clip=(1., 1.)),
+            "the clip is multiplied by the level itself: take its root, in steps 2 and 3"),
+    Mistake(lambda f, z, c, ts, ab, w: _drawn(f, z, c, ts, ab, w, clip=(1., .5)),
+            "in step 2 the clip is multiplied by the level itself: take its root"),
+    Mistake(lambda f, z, c, ts, ab, w: _drawn(f, z, c, ts, ab, w, clip=(.5, 1.)),
+            "in step 3 the clip is multiplied by the level itself: take its root"),
+    Mistake(lambda f, z, c, ts, ab, w: _drawn(f, z, c, ts, ab, w, clip=(.5, 1.), noise=1.),
+            "step 3 mixes shares of variance: take square roots of b and 1 - b"),
     Mistake(lambda f, z, c, ts, ab, w: _drawn(f, z, c, ts[::-1], ab, w),
             "the chain runs upwards: take the timesteps in their order, from noise to clip"),
     Mistake(lambda f, z, c, ts, ab, w: _two(f, z, ts[0], c, w),
