@@ -216,7 +216,7 @@ QUIZZES = {
             {
                 "a": "how many steps carry a gradient is K; S says how many frames are decoded and judged",
                 "b": (
-                    "sixteen frames instead of four are decoded and judged; the twelve network steps, most of the cost,"
+                    "sixteen frames instead of four are decoded and judged; the steps of the chain, most of the cost,"
                     " stay"
                 ),
                 "c": "the mean is over more frames, and each of them must be decoded and judged, with a gradient",
