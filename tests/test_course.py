@@ -365,7 +365,8 @@ def test_quiz_is_of_the_usual_form(path):
     from instructvideo_kit.check.quiz import QUIZZES
     (questions,) = [s for s in map(editions.source, cells_of(path)) if "## Quiz" in s]
     called = re.search(r"(?m)^check\.quiz\('(\w+)', '([abc])', '([abc])', '([abc])'\);$", text_of(path, "code"))
-    assert called and list(called.groups()[1:]) == [q.right for q in QUIZZES[called[1]]], "the answers at once, all right"
+    assert called, "the answers at once"
+    assert list(called.groups()[1:]) == [q.right for q in QUIZZES[called[1]]]
     student = text_of(ROOT/"tutorials/student"/path.name, "code")
     assert f"check.quiz('{called[1]}', None, None, None);" in student and called[0] not in student, "all open"
     asked = re.split(r"(?m)^\*\*(?=[123]\.\*\* )", questions.split("## Quiz")[1])[1:]

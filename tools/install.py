@@ -267,7 +267,7 @@ def set_up():
     (VENV/"set-up.stamp").unlink(missing_ok=True)
     if OFFLINE: check_folder()
     make_venv()
-    where = f"from {OFFLINE}, no network" if OFFLINE else "about half a GB, several with CUDA; minutes, and only this once"
+    where = f"from {OFFLINE}, no network" if OFFLINE else "half a GB, several with CUDA; minutes, only this once"
     say(f"step 2 of 3: pinned packages, {where}{', with uv' if uv_program() else ''}")
     cpu_torch(install_torch)
     install("--no-deps", "-r", "constraints.txt", expected=pins()) # all by name: nothing to resolve, so no wrong turns

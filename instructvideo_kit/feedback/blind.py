@@ -55,9 +55,18 @@ class WinRate:
 
     def __str__(self):
         n = self.wins + self.same + self.losses
-        verdict = "preferred" if self.low > .5 else "disliked" if self.high < .5 else "no difference can be told"
         counts = f"won {self.wins}, same {self.same}, lost {self.losses} of {n}"
-        return f"{counts}: {100*self.rate:.0f} % ({100*self.low:.0f} .. {100*self.high:.0f}), {verdict}"
+        rate = f'{100*self.rate:.0f} % ({100*self.low:.0f} .. {100*self.high:.0f}; "same" counts half)'
+        return f"{counts}: {rate}; {self.decided()}"
+
+    def decided(self)->str:
+        "What the pairs say that were decided: pairs that look alike cannot say which side is liked."
+        n = self.wins + self.losses
+        if not n: return "all pairs look alike: no difference can be told"
+        low, high = wilson(self.wins, n)
+        verdict = "preferred" if low > .5 else "disliked" if high < .5 else "no difference can be told"
+        share = f"{100*self.wins/n:.0f} % ({100*low:.0f} .. {100*high:.0f})"
+        return f"of the {n} decided {share}: {verdict}"
 
 def wilson(
     won:float, # of n; halves are allowed

@@ -321,7 +321,8 @@ def fit_report(
         told.append(f'right on {100*crossed["accuracy"]:.0f} % of held-out votes (+- {196*error:.0f}), '
                     f'calibration error {crossed["calibration"]:.2f}')
         if crossed["accuracy"] - 1.96*error < .5:
-            told.append("that cannot be told from a coin: vote on more pairs before you tune with it")
+            told.append("on these pairs that cannot be told from a coin. Pairs that were chosen are the hard ones, so "
+                        "on others it may be right: do you know yourself in what it likes? If not, vote on 20 more")
     else: told.append("too few votes to hold some out: nobody knows yet how right it is")
     if enough and max(head.noise, head.against) > .25:
         told.append("the votes contradict each other; are two tastes mixed, or the pairs too alike?")

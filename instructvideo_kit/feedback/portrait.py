@@ -46,7 +46,8 @@ class Portrait:
     votes: int
 
     def __str__(self):
-        lines = [str(t) for t in self.traits]
+        lines = ["Correlation of the reward with each trait of the clips, 95 % interval; that of the shipped judge:",
+                 *(str(t) for t in self.traits)]
         known = [t for t in self.traits if t.told]
         left = len(self.traits) - len(known)
         if not known:

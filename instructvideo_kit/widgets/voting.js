@@ -22,7 +22,7 @@ function render({ model, el }) {
     if (waiting) return;
     wait(true);
     model.send({ kind, side, number: model.get("pair").number });
-    patience = setTimeout(() => { wait(false); tell("No answer from Python: it is busy with another cell, or it was restarted. Then run this cell again."); }, 15000);
+    patience = setTimeout(() => { wait(false); tell("No answer from Python: it is busy with another cell, or it was restarted. Then run this cell again."); }, 60000); // the first look of the judges at the clips may take a while
   }
   function wait(now) {
     waiting = now;
@@ -83,7 +83,7 @@ function render({ model, el }) {
     wait(false);
     frame = 0;
     strips = pair.clips.map((url) => { const image = new Image(); image.onload = () => { if (ready()) draw(); }; image.src = url; return image; });
-    clips.hidden = answers.hidden = !pair.clips.length;
+    clips.hidden = answers.hidden = keys.hidden = !pair.clips.length;
     question.textContent = pair.question;
     const words = [...new Set(pair.captions)];
     captions.classList.toggle("ivk-one", words.length < 2);

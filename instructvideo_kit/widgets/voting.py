@@ -16,7 +16,7 @@ import torch
 import traitlets
 from PIL import Image
 
-from ..feedback.session import VoteSession
+from ..feedback.session import VoteSession, next_step
 from ..feedback.votes import rater_file
 from ..files import KitError
 from ..video import encode_gif
@@ -49,10 +49,15 @@ class PoolBallot:
         session, pair = self.session, self.session.pair()
         done = len(session.mine())
         about = dict(question="Which one do you like better?", done=done, of=session.target,
-                     note=f"saved in votes of {session.rater}")
-        if pair is None: return {**about, "clips": [], "captions": [], "question": "All votes are cast. Thank you."}
+                     more=not session.plan, note=f"saved as {session.rater}")
+        if pair is None: return {**about, "clips": [], "captions": [], "question": self.thanks()}
         return {**about, "clips": list(session.pool.pixels(list(pair))),
                 "captions": [session.pool.captions[i] for i in pair]}
+
+    def thanks(self)->str:
+        "What is said when nothing is left to ask, and the command that comes next."
+        then = next_step(self.session.folder, self.session.rater)
+        return f"All votes are cast and saved. Thank you. Next, in a terminal: {then}"
 
     def vote(self, side:str):
         "Write an answer."
@@ -89,7 +94,7 @@ class Voting(anywidget.AnyWidget):
         self._number, self._clips = self._number + 1, shown["clips"]
         frames = len(self._clips[0]) if self._clips else 0
         return {**shown, "clips": [strip_url(clip) for clip in self._clips], "frames": frames, "number": self._number,
-                "more": hasattr(self.ballot, "more")}
+                "more": shown.get("more", hasattr(self.ballot, "more"))}
 
     def receive(self,
         message:dict, # {"kind": "vote" | "undo" | "more", "number": of the page, "side": of SIDES}
