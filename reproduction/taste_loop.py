@@ -259,7 +259,7 @@ def draw_tastes(found, path):
         right.plot([r["species_before"], r["species_after"]], [y, y], color="#bbbbbb", lw=1.5, zorder=0)
         right.plot(r["species_before"], y, "o", mfc="white", color="#444444", label="before" if y == 0 else None)
         right.plot(r["species_after"], y, "o", color="#e06c32", label="after" if y == 0 else None)
-    names = [r["taste"] if r["direction"] == "own" else f"{r['taste']}, {r['direction']}" for r in rows]
+    names = [r["taste"] if r["direction"] == "own" else f"opposite of {r['taste']}" for r in rows]
     left.set_yticks(range(len(rows)), names)
     left.axvline(0, color="#444444", lw=.8)
     left.invert_yaxis()
