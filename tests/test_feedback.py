@@ -356,6 +356,40 @@ def test_a_session_goes_on_where_it_was_closed(session):
     assert VoteSession(session.folder, "Emmy", votes=2).mine() == []
 
 
+def test_a_plan_has_an_end_and_no_more_pairs(session, tmp_path):
+    from instructvideo_kit.feedback.blind import blind_pairs
+    from instructvideo_kit.feedback.session import VoteSession, next_step, write_plan
+    from instructvideo_kit.widgets.voting import PoolBallot, Voting
+    clips, words = drawn(6, size=24), [f"a fox in the {p}" for p in ("sea", "sky", "snow")]
+    _, plan = blind_pairs(tmp_path/"blind", clips[:3], clips[3:], words, 3, 0)
+    write_plan(tmp_path/"blind", plan)
+    page = Voting(PoolBallot(VoteSession(tmp_path/"blind", "me")))
+    for _ in plan: page.receive(dict(kind="vote", side="left", number=page.pair["number"]))
+    assert page.pair["done"] == 3 and not page.pair["more"] and not page.pair["clips"]
+    assert page.pair["question"].endswith(next_step(tmp_path/"blind", "me"))
+    page.receive(dict(kind="more", number=page.pair["number"])) # from a page that is older than the plan
+    assert page.pair["clips"] == [] and not page.notice
+    assert next_step(session.folder, "Ada").endswith("--rater Ada") and "--rater" not in next_step(session.folder, "me")
+
+
+def test_pairs_that_look_alike_do_not_hide_who_won():
+    from instructvideo_kit.feedback.blind import WinRate, wilson
+    def told(wins, same, losses):
+        n = wins + same + losses
+        return str(WinRate((wins + same/2)/n, *wilson(wins + same/2, n), wins, same, losses))
+    assert "of the 8 decided 100 % (68 .. 100): preferred" in told(8, 12, 0)
+    assert "disliked" in told(0, 12, 8) and "no difference can be told" in told(1, 19, 0)
+    assert "all pairs look alike" in told(0, 20, 0)
+
+
+def test_tuning_takes_the_only_reward_there_is_and_names_those_it_could_take(session, tmp_path):
+    from instructvideo_kit.feedback.commands import tune_reward
+    with pytest.raises(KitError, match="feedback train makes one"): tune_reward(tmp_path, None, [])
+    for name in ("ada", "grace"): session.reward(session.fit()).save_pretrained(tmp_path/"reward"/name)
+    with pytest.raises(KitError, match="those of ada, grace: give --rater"): tune_reward(tmp_path, None, [])
+    with pytest.raises(KitError, match='no reward "emmy"'): tune_reward(tmp_path, None, [], "emmy")
+
+
 # --- the page without a browser
 
 def test_voting_page_drops_answers_to_a_pair_that_is_gone(session):

@@ -291,7 +291,7 @@ def train_fast(
     unet = teacher.unet
     for name, n, lesson in stages(teacher, n_ddim, own):
         unet = distil(folder / name, teacher, unet, lesson, n, steps, seed)
-    as_fast(teacher, unet, n_ddim).save_pretrained(folder / "pipeline")
+    as_fast(teacher, unet.half(), n_ddim).save_pretrained(folder / "pipeline") # half the bytes, opened as float32
     return folder / "pipeline"
 
 # %% ../../nbs/menagerie/13_fast.ipynb #3e73407f
