@@ -6,12 +6,11 @@
     python reproduction/taste_loop.py --summary              # nothing new: table and picture of what is there
 
 One JSON line per run in OUT/loop.jsonl, written when the run is done; a run whose line is there (same taste, direction,
-seed, votes, anchor, algorithm, model, steps and rate) is skipped, one that was cut off begins again. Beside it OUT/strips
-(a picture of each run), OUT/loop.json (intervals over seeds and captions, subjects found), OUT/claims.json (the same for
-the scoreboard) and OUT/loop.png. The
-direction is own (tuned to this taste) or contrary (tuned to its opposite, asked about the same taste); the anchor is
-what holds the model near its base: none, a data term, a pull to the base (kl), or both. Look at the strips: a taste may
-rise and the clips be lost."""
+seed, votes, anchor, algorithm, model, steps and rate) is skipped, one that was cut off begins again. Beside it
+OUT/strips (a picture of each run), OUT/loop.json (intervals over seeds and captions, subjects found), OUT/claims.json
+(the same for the scoreboard) and OUT/loop.png. The direction is own (tuned to this taste) or contrary (tuned to its
+opposite, asked about the same taste); the anchor is what holds the model near its base: none, a data term, a pull to
+the base (kl), or both. Look at the strips: a taste may rise and the clips be lost."""
 import argparse
 import json
 import shutil
@@ -226,7 +225,7 @@ def summary(rows):
 
 
 def figures_of(found):
-    "What the claims of the scoreboard read: how far each true taste moved, towards it and, tuned to its opposite, away."
+    "What the claims of the scoreboard read: how far each true taste moved towards it; tuned to its opposite, away."
     figures = {}
     for row in found:
         if "low" not in row: continue
@@ -270,28 +269,39 @@ def draw_tastes(found, path):
     fig.savefig(path, dpi=90)
 
 
+def mean_marks(rows, votes, anchor):
+    "The marks of all own runs of a kind, a mean over them; nothing where there are none."
+    runs = [r["marks"] for r in rows if (r["direction"], r["votes"], r["anchor"]) == ("own", votes, anchor)]
+    if not runs: return {}
+    n = min(len(m["step"]) for m in runs)
+    names = [k for k in ("distance", "learned", "true", "species") if all(k in m for m in runs)]
+    return {k: np.mean([m[k][:n] for m in runs], 0) for k in names}
+
+
 def draw_figure(rows, path):
-    "Learned reward (dashed) and true taste (solid) over the distance from the base, a panel per number of votes."
+    "Learned reward (dashed), true taste (solid) and subjects over the distance from the base; a column per votes."
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    own = [r for r in rows if r["direction"] == "own"]
-    panels = sorted({r["votes"] for r in own})
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.4*len(panels), 3.2), sharey=True, squeeze=False)
+    columns = sorted({r["votes"] for r in rows if r["direction"] == "own"})
+    shape = dict(figsize=(1 + 3.6*len(columns), 5), height_ratios=(3, 2), layout="constrained")
+    fig, axes = plt.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False, **shape)
     colours = dict(zip(ANCHORS, ("#444444", "#1b7f79", "#e06c32", "#7a5ea8")))
-    for ax, votes in zip(axes[0], panels):
-        for anchor in ANCHORS:
-            runs = [r["marks"] for r in own if (r["votes"], r["anchor"]) == (votes, anchor)]
-            if not runs: continue
-            n = min(len(m["step"]) for m in runs)
-            mean = {k: np.mean([m[k][:n] for m in runs], 0) for k in ("distance", "learned", "true")}
-            ax.plot(mean["distance"], mean["learned"], "--", color=colours[anchor], lw=1)
-            ax.plot(mean["distance"], mean["true"], "-o", ms=3, color=colours[anchor], label=anchor)
-        ax.axhline(0, color="#999999", lw=.6)
-        ax.set(title=f"{votes} votes", xlabel="distance from the base (mean square)")
-    axes[0, 0].set_ylabel("change, in deviations of the pool\n(dashed: learned reward, solid: true taste)")
-    axes[0, 0].legend(title="anchor", fontsize=8, frameon=False)
-    fig.tight_layout()
+    for (above, below), votes in zip(axes.T, columns):
+        for anchor, colour in colours.items():
+            mean = mean_marks(rows, votes, anchor)
+            if not mean: continue
+            above.plot(mean["distance"], mean["learned"], "--o", ms=2, color=colour, lw=1, label=f"{anchor}: learned")
+            above.plot(mean["distance"], mean["true"], "-o", ms=3, color=colour, label=f"{anchor}: true")
+            if "species" in mean: below.plot(mean["distance"], mean["species"], "-o", ms=3, color=colour)
+        above.axhline(0, color="#999999", lw=.6)
+        above.set(title=f"{votes} votes")
+        below.set(xlabel="distance from the base (mean square)", ylim=(0, 1))
+        below.set_xscale("symlog", linthresh=3e-3) # a data term keeps a run a hundred times nearer
+        for ax in (above, below): ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("change, deviations of the pool")
+    axes[1, 0].set_ylabel("subjects found")
+    axes[0, 0].legend(title="anchor: reward", fontsize=8, frameon=False)
     fig.savefig(path, dpi=90)
 
 
