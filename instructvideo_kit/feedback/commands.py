@@ -211,8 +211,8 @@ def tune_reward(
     name = rater_file(folder, rater or "everybody").stem
     kept = _reward_of(Path(folder)/"reward", name, rater)
     out = Path(out) if out else Path(folder)/"run"/name
-    reward, given = VoteReward.from_pretrained(kept), dict(steps=steps, seed=seed, reward=str(kept))
-    tune_taste(policy, reward, captions, algorithm, out, **given)
+    reward = VoteReward.from_pretrained(kept)
+    tune_taste(policy, reward, captions, algorithm, out, kept=kept, steps=steps, seed=seed)
     echo(f"run: {out}")
     whose = f" --rater {rater}" if rater else ""
     echo(f"next: instructvideo-kit feedback collect {folder}-blind --tuned {out}{whose}")

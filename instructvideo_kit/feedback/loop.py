@@ -44,10 +44,11 @@ def tune_taste(
     run_dir=None, # folder of the run; None: runs/NAME
     evaluate=None, # evaluate(policy, step) -> dict of numbers, every eval_every steps
     progress:bool=True, # show a bar
+    kept=None, # folder in which the reward lies: named in the run's config, so that `evaluate` judges by it
     **fields, # as in `taste_config`
 )->TuneResult:
     "Tune a policy with a reward made from votes; KitError as `tune`."
-    config = taste_config(algorithm, policy.n_frames, **fields)
+    config = taste_config(algorithm, policy.n_frames, reward=kept and str(kept), **fields)
     return tune(algorithm, policy, reward, data, config, run_dir, evaluate=evaluate, progress=progress)
 
 # %% ../../nbs/feedback/12_loop.ipynb #ed872b6d
