@@ -56,7 +56,7 @@ class PoolBallot:
 
     def thanks(self)->str:
         "What is said when nothing is left to ask, and the command that comes next."
-        then = next_step(self.session.folder, self.session.rater)
+        then = next_step(self.session.folder.resolve(), self.session.rater) # the notebook runs in the folder itself
         return f"All votes are cast and saved. Thank you. Next, in a terminal: {then}"
 
     def vote(self, side:str):
