@@ -127,8 +127,9 @@ def main():
             figures = summary(lines)
             write_atomic(path, json.dumps({"figures": figures, "lines": lines + others}) + "\n")
             print(f"{name} seed {seed}: {sum(lines[-1]['right'])/args.captions:.3f}", flush=True)
-    for name, found in figures.items():
-        if name.endswith("_below"): continue
+    for name in args.runs:
+        if name not in figures: continue
+        found = figures[name]
         print(f"{name}: {.5 + found['value']:.3f} ({.5 + found['low']:.3f} to {.5 + found['high']:.3f})")
 
 

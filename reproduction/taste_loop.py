@@ -297,7 +297,7 @@ def draw_figure(rows, path):
         above.axhline(0, color="#999999", lw=.6)
         above.set(title=f"{votes} votes")
         below.set(xlabel="distance from the base (mean square)", ylim=(0, 1))
-        below.set_xscale("symlog", linthresh=3e-3) # a data term keeps a run a hundred times nearer
+        below.set_xscale("symlog", linthresh=3e-3) # a data term keeps a run many times nearer
         for ax in (above, below): ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("change, deviations of the pool")
     axes[1, 0].set_ylabel("subjects found")

@@ -32,11 +32,9 @@ ALLOWED = { # page -> {number: why it needs no source}
 }
 # page -> [(words of the sentence, file, lines of the file that may hold its numbers)]
 DEMO = "reproduction/menagerie64/demo_seeds.json"
-CLEAN = "reproduction/menagerie64/README.md"
 SOURCES = {
     "README.md": [
         ("the reward rises by", DEMO, r'"(reward|dullness|blurriness|flicker)":'),
-        ("clean drawings", CLEAN, r"^\| oracle's blurriness"),
         ("strict oracle finds the right subject", DEMO, r'"species":'),
         ("GRPO, which never sees", "tutorials/logs/grpo/comparison.md", r"^\| (reward|species) \| all"),
         ("The difference in reward is", "reproduction/README.md", r"^\*\*The main claim"),

@@ -11,6 +11,7 @@ function make(tag, attributes = {}, ...children) {
   node.append(...children.filter((child) => child != null));
   return node;
 }
+const PATIENCE = 60000; // ms; the first look of the judges at the clips may take a while
 const KEYS = { ArrowLeft: "left", ArrowRight: "right", ArrowDown: "same" };
 
 function render({ model, el }) {
@@ -22,7 +23,7 @@ function render({ model, el }) {
     if (waiting) return;
     wait(true);
     model.send({ kind, side, number: model.get("pair").number });
-    patience = setTimeout(() => { wait(false); tell("No answer from Python: it is busy with another cell, or it was restarted. Then run this cell again."); }, 60000); // the first look of the judges at the clips may take a while
+    patience = setTimeout(() => { wait(false); tell("No answer from Python: it is busy with another cell, or it was restarted. Then run this cell again."); }, PATIENCE);
   }
   function wait(now) {
     waiting = now;
