@@ -90,12 +90,12 @@ def closed_start(
 # %% ../../nbs/menagerie/15_flow.ipynb #e599d46e
 def new_transformer(
     channels:int=8, # of the latents
-    width:int=256, # of a token
-    layers:int=6, # blocks
+    width:int=192, # of a token
+    layers:int=7, # blocks
     head:int=64, # width of an attention head, which divides `width`
     patch:tuple=(1, 2, 2), # latent frames, rows and columns of one token
     text_width:int=96, # of the text features
-)->"WanTransformer3DModel": # about 6.9 million weights
+)->"WanTransformer3DModel": # about 4.5 million weights
     "A small WanTransformer3DModel with fresh weights; its blocks start closed, see `closed_start`."
     from diffusers import WanTransformer3DModel
     return closed_start(WanTransformer3DModel(
@@ -131,7 +131,7 @@ def flow_loss(
 # %% ../../nbs/menagerie/15_flow.ipynb #56e454df
 def new_wan_autoencoder(
     channels:int=8, # of the latents
-    base:int=16, # channels that `mult` multiplies
+    base:int=12, # channels that `mult` multiplies
     mult:tuple=(2, 3, 6, 6), # at 64, 32, 16 and 8 pixels
 )->"AutoencoderKLWan": # latents 8 times smaller than the picture, as many frames
     "A small AutoencoderKLWan with fresh weights that takes each frame for itself."
@@ -185,7 +185,7 @@ FLOW_PHASES = {
 def copy_autoencoder(
     teacher:"AutoencoderKL", # finished; its latents are kept
     folder:str|Path, # of the run; goes on from its checkpoint
-    steps:int=16000, # optimiser steps
+    steps:int=9000, # optimiser steps
     seed:int=0, # of drawing and noise
     vae:"AutoencoderKLWan|None"=None, # what is trained; None: `new_wan_autoencoder`
 )->"AutoencoderKLWan": # frozen
@@ -316,9 +316,9 @@ def save_flow_policy(
 def train_flow(
     folder:str|Path, # of the run: autoencoder/, pictures/, clips/, and the finished pipeline in pipeline/
     vae:str|Path|None=None, # folder of the base's AutoencoderKL
-    picture_steps:int=7000, # single-frame phase
-    clip_steps:int=6000, # clip phase
-    copy_steps:int=16000, # of the AutoencoderKLWan
+    picture_steps:int=6000, # single-frame phase
+    clip_steps:int=4000, # clip phase
+    copy_steps:int=9000, # of the AutoencoderKLWan
     seed:int=0, # of everything
     start:str|Path|None=None, # pipeline directory of a flow policy to go on from instead of fresh weights
 )->Path: # the pipeline directory
