@@ -150,8 +150,9 @@ def test_every_contrast_counts(claim, tmp_path):
 
 def test_a_rival_worse_than_no_tuning_does_not_make_a_claim_hold():
     "A over B, and both below the untuned base: refuted where A has to be above it, and said where it need not."
-    levels = {("ovpo", 12, "d10", "subject_consistency"): -.2, ("ovpo-image", 12, "d10", "subject_consistency"): -.6,
-              ("base", 0, "d10", "subject_consistency"): 0.}
+    levels = {("ovpo", 36, "d10.w1", "subject_consistency"): -.2,
+              ("ovpo-image", 36, "d10.w1", "subject_consistency"): -.6,
+              ("base", 0, "d10.w1", "subject_consistency"): 0.}
     claim = next(c for c in CLAIMS if c.id == "ov-table4a")
     verdict = decide(claim, MadeUp(levels))
     assert verdict.measurements[0].verdict == HOLDS and verdict.word == REFUTED and "untuned base" in verdict.why
@@ -296,8 +297,8 @@ def test_points_of_equal_compute():
     own = runs.compute(named["iv"], 40)
     for name, step in (("draft", 26), ("rwr", 140), ("ddpo", 7)):
         assert 1 <= runs.compute(named[name], step)/own < 1.1, name
-    online = runs.compute(named["ovpo"], 12)
-    for name, step in (("offline", 12), ("refl-video", 38), ("ovpo-image", 12)):
+    online = runs.compute(named["ovpo"], 36)
+    for name, step in (("offline", 24), ("refl-video", 38), ("ovpo-image", 36)):
         assert .95 < runs.compute(named[name], step)/online < 1.05, name
     assert not trains(named["base"]) and Split().cost == 2*32*10
 

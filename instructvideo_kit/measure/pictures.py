@@ -45,7 +45,7 @@ class Picture:
     points: dict = field(default_factory=dict) # run@step -> label, of differences (to the first) and strips
     metric: str = "reward" # of curves
     metrics: list = field(default_factory=list) # of differences
-    drawn: str = "d10" # how the clips of differences are drawn: d10.w1, without guidance
+    drawn: str = "d10" # how the clips of curves and differences are drawn: d10.w1, without guidance
     up_to: float = 2500. # compute of curves: InstructVideo's 40 steps, and the little more that rivals get
     table: str = "" # words above the differences as a table; "": no table
 
@@ -91,15 +91,16 @@ def mean_curve(
     name: str, # of a run
     metric: str = "reward",
     up_to: float = float("inf"), # compute
+    drawn: str = "d10", # how its clips are drawn
 ) -> list[tuple]: # [(compute, [mean of each seed]), ...] from the base model on; [] where nothing was run
     "How a metric moves with compute."
     points = []
-    for step in results.steps(name):
-        found = list(results.at(Point(name, step)).values())
+    for step in results.steps(name, drawn):
+        found = list(results.at(Point(name, step, drawn)).values())
         means = [result.evaluation.means().get(metric) for result in found]
         if None not in means and found[0].compute <= up_to:
             points.append((found[0].compute, means))
-    base = results.at(Point("base"))
+    base = results.at(Point("base", 0, drawn))
     if not base or not points:
         return points
     return [(0., [base[0].evaluation.means()[metric]]), *points]
@@ -111,8 +112,10 @@ def draw_curves(
     out: str | Path, # results folder
 ) -> Figure | None: # None where nothing was run
     "A metric against compute, a line per run; what is compared has equal shares of it."
-    curves = {label: mean_curve(results, name, picture.metric, picture.up_to) for name, label in picture.runs.items()}
-    curves = {label: curve for label, curve in curves.items() if curve}
+    curves = {}
+    for name, label in picture.runs.items():
+        if curve := mean_curve(results, name, picture.metric, picture.up_to, picture.drawn):
+            curves[label] = curve
     if not curves:
         return None
     figure, axes = _axes("compute: thousand network evaluations of a clip", meaning(picture.metric).words)

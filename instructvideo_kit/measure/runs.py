@@ -80,13 +80,14 @@ class Point:
 
     @classmethod
     def read(cls, given: str | dict, where: str = "the point") -> "Point":
-        "From `run@step`, `run@best` or fields; KitError when it is neither."
+        "From `run@step`, `run@best`, `run@step:w1` (without guidance) or fields; KitError when it is none of them."
         if isinstance(given, dict):
             return record(cls, given, where)
-        name, _, step = str(given).partition("@")
-        if not name or not (step.isdigit() or step == "best"):
-            raise KitError(f'{where} is "{given}", expected run@step such as iv@40, or iv@best')
-        return cls(name, step if step == "best" else int(step))
+        name, _, rest = str(given).partition("@")
+        step, _, how = rest.partition(":")
+        if not name or not (step.isdigit() or step == "best") or how not in ("", "w1"):
+            raise KitError(f'{where} is "{given}", expected run@step such as iv@40, iv@40:w1 or iv@best')
+        return cls(name, step if step == "best" else int(step), "d10.w1" if how else "d10")
 
     def __str__(self):
         drawn = f" drawn as {self.drawn}" if self.drawn != "d10" else ""

@@ -26,6 +26,12 @@ class Sweep:
     step: int # where they are compared: the run's own length
     seeds: int = 2 # tuning seeds for each
     metric: str = "reward" # by which a rate is chosen: the mark of the judge that the run follows
+    guidance_scale: float | None = None # of the clips it is judged on; None: the policy's own
+
+    @property
+    def split(self) -> Split:
+        "What a rate is judged on."
+        return replace(TUNED_ON, guidance_scale=self.guidance_scale)
 
     @property
     def runs(self) -> list[Run]:
@@ -37,7 +43,7 @@ class Sweep:
         tried = []
         for rate in self.rates:
             name, settings = f"{own.name}.lr{rate:g}", {**own.settings, "lr": rate}
-            tried.append(replace(own, name=name, settings=settings, points=((self.step, TUNED_ON),)))
+            tried.append(replace(own, name=name, settings=settings, points=((self.step, self.split),)))
         seeds = range(FIRST_SEED, FIRST_SEED + self.seeds)
         return [replace(run, seed=seed) for run in tried for seed in seeds]
 
@@ -60,7 +66,7 @@ def rates_tried(
     results = Results(out, sweep.runs[::sweep.seeds], range(FIRST_SEED, FIRST_SEED + sweep.seeds))
     tried = {}
     for rate, run in zip(sweep.rates, sweep.runs[::sweep.seeds]):
-        of_seed = results.at(Point(run.name, sweep.step, TUNED_ON.drawn)).values()
+        of_seed = results.at(Point(run.name, sweep.step, sweep.split.drawn)).values()
         tried[rate] = [result.evaluation.means()[sweep.metric] for result in of_seed]
     return tried
 
