@@ -27,6 +27,7 @@ from .menagerie.defects import render
 from .menagerie.oracle import Oracle, parse
 from .policy import VideoPolicy
 from .policy.lora import LORA_FILE, load_lora, merge_lora
+from .policy.difference import keep_difference, relative_difference
 from .policy.shared_parts import own_parts, share_parts
 from .reward.clip import ClipReward
 from .reward.videoscore import VIDEOSCORES, VideoScoreReward
@@ -373,5 +374,12 @@ def ship_policy(
     for path in lean: own_parts(path)
     ship(folder, target)
     if target.name != base: lean = [target]
-    for path in lean if base in shipped("policy") else []: share_parts(path, base)
+    for path in lean if base in shipped("policy") else []:
+        share_parts(path, base)
+        _keep_small(path, shipped("policy")[base])
     return target
+
+
+def _keep_small(folder, home): # a network that was made from the base's lies near it: the difference is enough
+    if not (folder / "unet").is_dir() or not (home / "unet").is_dir(): return
+    if relative_difference(folder / "unet", home / "unet") < .2: keep_difference(folder, "unet", home.name)

@@ -17,6 +17,7 @@ from instructvideo_kit.files import KitError, borrowed, shipped  # noqa: E402
 from instructvideo_kit.measure.results import weights_hash  # noqa: E402
 from instructvideo_kit.policy import VideoPolicy  # noqa: E402
 from instructvideo_kit.policy.base import missing_files, pick_kind  # noqa: E402
+from instructvideo_kit.policy.difference import FILE, keep_difference  # noqa: E402
 from instructvideo_kit.policy.first_frame import FirstFramePolicy, widened  # noqa: E402
 from instructvideo_kit.policy.lora import add_lora, load_lora, save_lora  # noqa: E402
 from instructvideo_kit.policy.shared_parts import own_parts, share_parts  # noqa: E402
@@ -237,7 +238,7 @@ def test_shipping_shares_and_a_new_base_leaves_the_old_parts_to_those_who_have_t
     edit_tensor(tmp_path / "base" / VAE, lambda w: w + .1)
     app.ship_policy(tmp_path / "base", base)
     assert set(borrowed(other)) == {"text_encoder", "tokenizer", "scheduler"}
-    assert torch.equal(draw(VideoPolicy.from_pretrained("menagerie-i2v")), drawn)
+    assert (draw(VideoPolicy.from_pretrained("menagerie-i2v")) - drawn).abs().max() < 1e-3 # a difference is rounded
 
 @pytest.mark.parametrize("name", list(shipped("policy")))
 def test_every_policy_of_the_package_has_all_its_parts(name):
@@ -246,3 +247,69 @@ def test_every_policy_of_the_package_has_all_its_parts(name):
     kind, _ = pick_kind(VideoPolicy, folder)
     assert missing_files(folder, kind.PARTS) == []
     if name == "menagerie": assert borrowed(folder) == {}
+
+
+# ---- a network kept as its difference to the shipped one
+
+def network_of(folder): return next(p.name for p in folder.iterdir() if p.name in ("unet", "transformer"))
+
+
+@pytest.mark.parametrize("shelf", ["modelscope", "first_frame", "wan"], indirect=True)
+def test_a_difference_opens_as_the_network_it_was_made_of(shelf):
+    "All weights within a thousandth of the largest change; those the base has not, or in another shape, to the digit."
+    before = VideoPolicy.from_pretrained("other").network.state_dict()
+    base = VideoPolicy.from_pretrained("base").network.state_dict()
+    part = network_of(shelf / "other")
+    file = keep_difference(shelf / "other", part, "base")
+    assert [p.name for p in file.parent.glob("*.safetensors")] == [FILE]
+    after = VideoPolicy.from_pretrained("other").network.state_dict()
+    for name, x in before.items():
+        if name in base and base[name].shape == x.shape:
+            assert (after[name] - x).abs().max() <= (x - base[name]).abs().max()/14, name
+        else:
+            assert torch.equal(after[name], x), name
+    assert torch.equal(draw(VideoPolicy.from_pretrained("other")), draw(VideoPolicy.from_pretrained("other")))
+    assert weights_hash("other", "policy") != weights_hash("base", "policy")
+
+
+def test_a_difference_to_what_has_changed_is_refused(shelf):
+    keep_difference(shelf / "other", "unet", "base")
+    place = next((shelf / "base/unet").glob("*.safetensors"))
+    save_file({k: v + 1 for k, v in load_file(place).items()}, place)
+    with pytest.raises(KitError, match="has changed since .*difference.safetensors was saved"):
+        VideoPolicy.from_pretrained("other")
+
+
+def test_a_difference_to_nothing_and_a_damaged_one_say_so(shelf):
+    file = keep_difference(shelf / "other", "unet", "base")
+    whole = file.read_bytes()
+    save_file({"a": torch.zeros(1)}, file)
+    with pytest.raises(KitError, match="does not say what it is the difference to"): VideoPolicy.from_pretrained("other")
+    file.write_bytes(whole[:200])
+    with pytest.raises(KitError, match="damaged"): VideoPolicy.from_pretrained("other")
+    file.unlink()
+    with pytest.raises(KitError, match="missing"): VideoPolicy.from_pretrained("other")
+
+
+def test_a_save_of_it_is_whole(shelf, tmp_path):
+    "save_pretrained writes all weights again, for diffusers and for everybody else."
+    keep_difference(shelf / "other", "unet", "base")
+    policy = VideoPolicy.from_pretrained("other")
+    policy.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved/unet" / FILE).exists()
+    assert torch.equal(draw(VideoPolicy.from_pretrained(tmp_path / "saved")), draw(policy))
+
+
+def test_shipping_keeps_a_near_network_as_a_difference_and_a_new_base_makes_it_whole(shelf, tmp_path):
+    policy = VideoPolicy.from_pretrained("base")
+    for p in policy.network.parameters(): p.data *= 1.01
+    policy.save_pretrained(tmp_path / "new")
+    shutil.rmtree(shelf / "other")
+    app.ship_policy(tmp_path / "new", shelf / "other", "base")
+    assert (shelf / "other/unet" / FILE).exists() and "vae" in borrowed(shelf / "other")
+    before = draw(VideoPolicy.from_pretrained("other"))
+    for p in policy.network.parameters(): p.data.normal_()
+    policy.save_pretrained(tmp_path / "another base")
+    app.ship_policy(tmp_path / "another base", shelf / "base", "base")
+    assert not (shelf / "other/unet" / FILE).exists()
+    assert (draw(VideoPolicy.from_pretrained("other")) - before).abs().max() < .02

@@ -38,12 +38,13 @@ from instructvideo_kit.files import (
     read_kit,
     write_atomic,
 )
+from .difference import FILE, open_difference
 from .patch_autoencoder import PatchAutoencoder
 
 # %% ../../nbs/policy/01_base.ipynb #9d2e1f76
 CONFIG = "config.json"
 TEXT_WEIGHTS = "model*.safetensors|pytorch_model*.bin"
-WEIGHTS = "diffusion_pytorch_model*.safetensors|diffusion_pytorch_model*.bin"
+WEIGHTS = f"diffusion_pytorch_model*.safetensors|diffusion_pytorch_model*.bin|{FILE}"
 # part of a pipeline directory -> the classes it may be, and the files it needs ("a|b": one of the two)
 PARTS: dict[str, tuple] = { # the network comes first
     "unet": ((UNet3DConditionModel,), (CONFIG, WEIGHTS)),
@@ -163,6 +164,7 @@ def open_part(
     options = {}
     if issubclass(cls, ModelMixin): options = {"torch_dtype": dtype}
     elif issubclass(cls, PreTrainedModel): options = {"dtype": dtype}
+    if (folder / FILE).exists(): return open_difference(cls, folder, dtype)
     try: return cls.from_pretrained(str(folder), **options)
     except (OSError, ImportError, ValueError, KeyError, RuntimeError) as error:
         unread = (folder / "spiece.model").exists() and not (folder / "tokenizer.json").exists()

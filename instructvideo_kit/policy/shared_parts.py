@@ -31,6 +31,7 @@ from instructvideo_kit.files import (
     write_atomic,
 )
 from .base import read_index
+from .difference import FILE, keep_whole
 
 # %% ../../nbs/policy/09_shared_parts.ipynb #9948e56c
 # settings that say who wrote a file, in which number format, or how a tokenizer was last called
@@ -149,9 +150,11 @@ def share_parts(
 def own_parts(
     folder:str|Path, # of a policy
 )->list[str]: # the parts that were copied
-    "Give a folder copies of the parts it has from shipped policies. KitError when one is gone or has changed."
+    """Give a folder copies of the parts it has from shipped policies, and whole weights for a difference. KitError when
+    one is gone or has changed."""
     folder = Path(folder)
     check_borrowed(folder)
+    for place in [path.parent for path in folder.glob(f"*/{FILE}")]: keep_whole(place)
     homes = borrowed(folder)
     for part, home in homes.items(): shutil.copytree(home, folder / part, dirs_exist_ok=True)
     if homes: write_kit(folder, {}) # last: until then the borrowed ones count
