@@ -86,8 +86,8 @@ def _metadata(path): # what `keep_difference` wrote beside the numbers
         with safe_open(path, "pt") as file: says = file.metadata() or {}
     except SafetensorError as error:
         raise KitError(f"{path} is damaged ({error}); get a full copy of the policy") from error
-    need({"of", "sum", "factors"} <= set(says), f"{path} does not say what it is the difference to; expected a file that "
-                                               "keep_difference wrote")
+    need({"of", "sum", "factors"} <= set(says), f"{path} does not say what it is the difference to; expected a file "
+                                               "that keep_difference wrote")
     return says
 
 
@@ -99,8 +99,8 @@ def whole_weights(
     known, name = shipped("policy"), says["of"]
     need(name in known, f'{place / FILE} is a difference to "{name}", which is no shipped policy: {near(name, known)}')
     home, factors = known[name] / place.name, json.loads(says["factors"])
-    need(part_sum(home) == says["sum"], f"{home} has changed since {place / FILE} was saved, which is the difference to "
-                                        "it; get both from one version of the kit")
+    need(part_sum(home) == says["sum"], f"{home} has changed since {place / FILE} was saved, which is the difference "
+                                        "to it; get both from one version of the kit")
     base, kept = _weights(home), load_file(place / FILE)
     return {key: restore(x, factors[key], base[key]) if key in factors else x for key, x in kept.items()}
 
