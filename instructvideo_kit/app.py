@@ -26,8 +26,8 @@ from .menagerie.captions import GROUPS, prompts, scenes
 from .menagerie.defects import render
 from .menagerie.oracle import Oracle, parse
 from .policy import VideoPolicy
-from .policy.lora import LORA_FILE, load_lora, merge_lora
 from .policy.difference import keep_difference, relative_difference
+from .policy.lora import LORA_FILE, load_lora, merge_lora
 from .policy.shared_parts import own_parts, share_parts
 from .reward.clip import ClipReward
 from .reward.videoscore import VIDEOSCORES, VideoScoreReward

@@ -58,7 +58,7 @@ def keep_difference(
     part:str, # such as "unet"
     name:str="menagerie", # the shipped policy that it was made from
 )->Path: # the file that holds the difference now
-    "Replace a part's weights by what they differ in from a shipped policy's. KitError for a policy that is not shipped."
+    "Replace a part's weights by their difference to a shipped policy's. KitError for a policy that is not shipped."
     known, place = shipped("policy"), Path(folder) / part
     need(name in known, f'name is "{name}"; expected a shipped policy: {near(name, known)}')
     [weights] = place.glob("*.safetensors")
