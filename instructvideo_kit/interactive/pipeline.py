@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 
 from ..diffusion.sampling import denoise
 from ..files import KitError
+from .alignment import AlignmentHead
 from instructvideo_kit.interactive.blend import (
     blend_noise,
     check_lam,
@@ -108,9 +109,10 @@ class InteractivePipeline:
         i2v_policy:VideoPolicy, # image-to-video: its `denoiser` takes image=
         t2v_policy:VideoPolicy=None, # text-to-video of the same size, for the image stage; None: no such stage
         join:Callable=join_texts, # (content, motion) -> the text of the video stage
+        head:AlignmentHead=None, # Eq. (5): aligns the finished frames with the picture; None: left as they are
     ):
         self.i2v, self.t2v = i2v_policy, t2v_policy
-        self.join = join
+        self.join, self.head = join, head
         self.size = i2v_policy.size
         if t2v_policy is not None and tuple(t2v_policy.size) != tuple(self.size):
             raise ValueError(f"the image stage draws {tuple(t2v_policy.size)} pixels, the video stage takes "
@@ -177,7 +179,12 @@ class InteractivePipeline:
         watch = watcher(n_ddim, progress, stop)
         try: z_0 = denoise_blended(self.i2v, *told, noise, lams, reading, n_ddim, guidance_scale, watch, steer, start)
         except Stopped: return None
-        return self.i2v.decode(z_0).clamp(0, 1)
+        return self.aligned(self.i2v.decode(z_0), edited).clamp(0, 1)
+
+    def aligned(self, clip, picture)->Tensor: # like clip (1, f, 3, h, w)
+        "The frames through the head of Eq. (5), where there is one."
+        if self.head is None: return clip
+        return self.head(clip.float(), picture.to(clip.device).float())
 
     def steer(self, image, edited, drags, lams, follow, hold)->Callable|None: # model -> model
         "What the arrows, or the place that was painted, make of a model; None without either."

@@ -420,6 +420,8 @@ def _interactive(found): # InteractiveVideo's
         figures["region_kept"] = _kept(free["elsewhere_by_seed"], masked["elsewhere_by_seed"])
     for name, way in found.get("alignment", {}).get("ways", {}).get("lambda 0.5", {}).items():
         figures[f"{name}_alignment"] = _interval(way)
+    for name, way in found.get("aligned", {}).get("ways", {}).items():
+        figures[f"head_{name}"] = _interval(way)
     drags = found.get("drag", {}).get("ways", {})
     arrows = [way for name, way in drags.items() if name.startswith("arrow")]
     if arrows and "no arrow" in drags: # the first arrow, not the best
