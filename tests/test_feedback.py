@@ -237,6 +237,20 @@ def test_contradictory_votes_are_told():
     assert any("contradict each other" in t for t in told) and "careless" in told[0]
 
 
+def test_votes_on_pairs_drawn_at_random_are_counted_by_themselves():
+    phi, votes = world(), said(world(), 60, 4)
+    whole = cross_validated(phi, *votes, BLOCKS)
+    everything = cross_validated(phi, *votes, BLOCKS, random=np.ones(60, dtype=bool))
+    decided = int((np.asarray(votes[2]) != 0).sum())
+    assert "random" not in whole and everything["random"]["pairs"] == decided == whole["pairs"]
+    assert everything["random"]["accuracy"] == pytest.approx(whole["accuracy"])
+    some = cross_validated(phi, *votes, BLOCKS, random=np.arange(60) % 5 == 0)
+    told = fit_report(fit_votes(phi, *votes, BLOCKS), ["a", "b"], votes[2], some)
+    assert some["random"]["pairs"] <= 12 and any("drawn at random" in t for t in told)
+    told = fit_report(fit_votes(phi, *votes, BLOCKS), ["a", "b"], votes[2], whole)
+    assert not any("drawn at random" in t for t in told)
+
+
 def test_without_votes_it_is_the_shipped_judge_and_few_votes_do_not_turn_it_round():
     phi = world()
     shipped = phi[:, :2].sum(1)

@@ -275,9 +275,10 @@ def cross_validated(
     first, second, vote, # (n,)
     blocks, # widths of the features' blocks
     shipped:int=2, # how many of them are shipped scores
+    random=None, # (n,) whether the pair was drawn at random; None: not known
     folds:int=5, # every vote is held out once
     seed:int=0, # of the folds
-)->dict: # as `accuracy`, over all votes
+)->dict: # as `accuracy`, over all votes; "random": accuracy and pairs over those drawn at random, if there are any
     "Accuracy on votes held out in turn; KitError when there are fewer than ten decided votes."
     first, second, vote = (torch.as_tensor(v, dtype=torch.long) for v in (first, second, vote))
     decided = int((vote != 0).sum())
@@ -293,7 +294,16 @@ def cross_validated(
     merged = [_merge([b for b in bins if low <= b[0] < low + .1 + 1e-9*(low > .85)]) for low in (.5, .6, .7, .8, .9)]
     merged = [b for b in merged if b]
     gap = sum(m*abs(claimed - share) for claimed, share, m in merged)/n
-    return dict(accuracy=sum(f["accuracy"]*f["pairs"] for f in found)/n, calibration=gap, pairs=n, bins=merged)
+    told = dict(accuracy=_mean_accuracy(found), calibration=gap, pairs=n, bins=merged)
+    drawn = torch.zeros(len(vote), dtype=torch.bool) if random is None else torch.as_tensor(random)
+    fair = [(head, held & drawn & (vote != 0)) for head, held in parts]
+    fair = [accuracy(head, features, first[i], second[i], vote[i]) for head, i in fair if bool(i.any())]
+    if fair: told["random"] = dict(accuracy=_mean_accuracy(fair), pairs=sum(f["pairs"] for f in fair))
+    return told
+
+def _mean_accuracy(found):
+    "Over all pairs of several folds."
+    return sum(f["accuracy"]*f["pairs"] for f in found)/sum(f["pairs"] for f in found)
 
 def _merge(bins):
     "One bin of several."
@@ -317,9 +327,12 @@ def fit_report(
     told = [f'{len(vote)} votes, {100*same:.0f} % "same" (k = {head.k:.1f}), {careless}; '
             f'{100*head.against:.0f} % of the decided votes contradict the reward that fits them best']
     if crossed:
-        error = math.sqrt(crossed["accuracy"]*(1 - crossed["accuracy"])/crossed["pairs"])
+        error = _error(crossed)
         told.append(f'right on {100*crossed["accuracy"]:.0f} % of held-out votes (+- {196*error:.0f}), '
                     f'calibration error {crossed["calibration"]:.2f}')
+        if fair := crossed.get("random"):
+            told.append(f'on the {fair["pairs"]} of them whose pairs were drawn at random: '
+                        f'{100*fair["accuracy"]:.0f} % (+- {196*_error(fair):.0f})')
         if crossed["accuracy"] - 1.96*error < .5:
             told.append("on these pairs that cannot be told from a coin. Pairs that were chosen are the hard ones, so "
                         "on others it may be right: do you know yourself in what it likes? If not, vote on 20 more")
@@ -329,3 +342,7 @@ def fit_report(
     if len(set(captions)) == 1:
         told.append(f'all clips have one caption ("{captions[0]}"): nothing says that the taste holds for others')
     return told
+
+def _error(found):
+    "Standard error of a share."
+    return math.sqrt(found["accuracy"]*(1 - found["accuracy"])/found["pairs"])

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .fit import cross_validated, fit_report, fit_votes, prior_head
-from .pairs import active_pairs, candidate_pairs
+from .pairs import RANDOM_SHARE, active_pairs, candidate_pairs
 from .pool import Pool, vote_numbers, votes_in_pool
 from .portrait import portrait
 from .reward import JudgeFeatures, VoteReward
@@ -111,23 +111,26 @@ class VoteSession:
         mine = self.mine()
         if len(mine) >= self.target: return None
         if not self._queue: self._queue = self._choose(mine)
-        return self._queue[0] if self._queue else None # a plan has an end
+        return self._queue[0][0] if self._queue else None # a plan has an end
 
     def _choose(self, mine):
-        "The next few pairs: those of the plan, or those worth asking."
+        "The next few pairs, each with how it was found: those of the plan, or those worth asking."
         if self.plan: return self._planned(mine)
         taken = [(a, b) for a, b, _ in self._numbers(mine)]
         candidates = candidate_pairs(self.pool.captions, self.within, 3000, self.seed + len(mine), taken)
-        if not self.active or not mine: return [tuple(p) for p in candidates[:self.at_once].tolist()]
+        if not self.active or not mine: return [(tuple(p), "random") for p in candidates[:self.at_once].tolist()]
         try: head = self.fit()
         except KitError: # nothing but "same" so far
             head = prior_head(self.seen(), self.features.blocks, self.features.shipped)
-        return [tuple(p) for p in active_pairs(head, self.seen(), candidates, self.at_once).tolist()]
+        asked = active_pairs(head, self.seen(), candidates, self.at_once).tolist()
+        n = int(len(asked)*RANDOM_SHARE)
+        return [(tuple(p), "random" if i < n else "chosen") for i, p in enumerate(asked)]
 
     def _planned(self, mine):
         "Pairs of the plan without an answer."
         answered, number = {v["pair"] for v in mine}, self.pool.names.index
-        return [tuple(number(name) for name in row["clips"]) for row in self.plan if row["pair"] not in answered]
+        left = [row["clips"] for row in self.plan if row["pair"] not in answered]
+        return [(tuple(map(number, clips)), "") for clips in left]
 
     def _numbers(self, votes): return torch.stack(vote_numbers(votes, self.pool), 1).tolist() if votes else []
 
@@ -139,15 +142,17 @@ class VoteSession:
         if pair is None: raise KitError(f"all {self.target} votes are cast; ask for more")
         pool = self.pool
         names, captions, seeds = ([values[i] for i in pair] for values in (pool.names, pool.captions, pool.seeds))
-        row = cast_vote(self.folder, self.rater, names, answer, self.question, captions, seeds, pool.model)
-        self._queue.pop(0)
+        _, asked = self._queue.pop(0)
+        about = dict(captions=captions, seeds=seeds, model=pool.model, asked=asked)
+        row = cast_vote(self.folder, self.rater, names, answer, self.question, **about)
         return row
 
     def undo(self)->dict: # the vote that no longer stands
         "Take the last vote back; its pair is shown again. KitError when there is none."
         row = undo_vote(self.folder, self.rater)
         if set(self.pool.names).issuperset(row["clips"]):
-            self._queue.insert(0, tuple(self.pool.names.index(name) for name in row["clips"]))
+            pair = tuple(self.pool.names.index(name) for name in row["clips"])
+            self._queue.insert(0, (pair, row.get("asked", "")))
         return row
 
     def fit(self,
@@ -166,7 +171,8 @@ class VoteSession:
         first, second, vote = vote_numbers(votes, self.pool)
         enough = int((vote != 0).sum()) >= 10
         blocks, shipped = self.features.blocks, self.features.shipped
-        crossed = cross_validated(self.seen(), first, second, vote, blocks, shipped) if enough else None
+        drawn = torch.tensor([v.get("asked") == "random" for v in votes], dtype=torch.bool)
+        crossed = cross_validated(self.seen(), first, second, vote, blocks, shipped, drawn) if enough else None
         captions = [self.pool.captions[i] for i in torch.cat([first, second]).tolist()]
         return fit_report(head, captions, vote, crossed)
 

@@ -69,6 +69,7 @@ def cast_vote(
     seeds=(None, None), # of the two clips
     model:str="", # that drew them
     pair:str=None, # name of the pair; None: made from the clips
+    asked:str="", # how the pair was found: "random" or "chosen"; "" where nobody noted it
 )->dict: # the line
     "Write one vote; KitError for an unknown answer or a clip against itself."
     if vote not in VOTES: raise KitError(f'the vote is "{vote}", expected first, second or same')
@@ -77,6 +78,7 @@ def cast_vote(
     row = dict(vote=vote, pair=pair or f"{first}+{second}", clips=[first, second])
     row |= dict(captions=list(captions), seeds=list(seeds))
     row |= dict(question=question, rater=rater, time=_now(), model=model, id=uuid.uuid4().hex)
+    if asked: row["asked"] = asked
     append_line(rater_file(folder, rater), row)
     return row
 
