@@ -119,12 +119,14 @@ def test_figures_of_the_page_have_a_source(page):
 # The page of logs: a row's folder is its source
 
 def log_numbers(folder):
-    "Figures over all captions, and of the log the first and last reward and the mean of each quarter."
+    "Figures over all captions; of the log the first and last reward, its mean in each quarter, mean fresh accuracy."
     compared, log = folder/"comparison.md", folder/"log.jsonl"
     text = compared.read_text(encoding="utf-8") if compared.exists() else ""
     numbers = numbers_in("\n".join(line for line in text.splitlines() if "| all |" in line))
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     rewards = [row["reward"] for row in rows if row.get("kind") == "step" and "reward" in row]
+    fresh = [row["fresh_accuracy"] for row in rows if "fresh_accuracy" in row]
+    if fresh: numbers.append(sum(fresh)/len(fresh))
     if not rewards: return numbers
     quarters = [rewards[i*len(rewards)//4:(i + 1)*len(rewards)//4] for i in range(4)]
     return numbers + [abs(x) for x in (rewards[0], rewards[-1], *(sum(q)/len(q) for q in quarters if q))]
