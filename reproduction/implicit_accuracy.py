@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Does what online preference optimisation learnt hold of pairs that no update has seen?
 
-    python reproduction/implicit_accuracy.py                                   # the runs of the scoreboard, three seeds
+    python reproduction/implicit_accuracy.py                                   # the runs of the scoreboard, five seeds
     python reproduction/implicit_accuracy.py --runs ovpo-long --seeds 1 --set lr=1e-3 --captions 24
 
 For each run the policy is trained (or its checkpoint taken) and asked about pairs of the *base model's* clips for
@@ -38,7 +38,7 @@ LEVELS = 8 # noise levels of each clip, evenly spread over the chain
 def read_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", default=list(RUNS), help="names in runs.yaml; default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=3, help="tuning seeds of each; default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=5, help="tuning seeds of each; default: %(default)s")
     parser.add_argument("--captions", type=int, default=48, help="held-out captions, a pair each; default: %(default)s")
     parser.add_argument("--step", type=int, default=0, help="update to look at; default: the run's last")
     parser.add_argument("--set", action="append", default=[], help="a setting of the runs, such as lr=1e-3")

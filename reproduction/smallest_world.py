@@ -5,7 +5,7 @@ a setting that hides its signal. The control is the same run with the sign of th
 
     python reproduction/smallest_world.py --algorithm grpo --seed 0
     python reproduction/smallest_world.py --algorithm grpo --seed 0 --sign -1
-    python reproduction/smallest_world.py --every --rounds 20 --set lr=3e-3    # 3 algorithms, 3 seeds, both signs; goes on
+    python reproduction/smallest_world.py --every --rounds 20 --set lr=3e-3    # 3 algorithms, 5 seeds, both signs; goes on
 
 A run says the mean brightness of its first and last rounds with standard errors (over clips), and the gain in units of
 its own error. A round is drawn before the policy is moved, so the first round is the base. With --every, a line for
@@ -28,7 +28,7 @@ from instructvideo_kit.reward.plain import brightness
 
 CAPTION = "a fox walking to the left in the meadow"
 LINES = Path(__file__).parent/"rl/smallest_world.jsonl"
-ALGORITHMS, SEEDS, SIGNS = ("ddpo", "grpo", "nft"), (0, 1, 2), (1, -1)
+ALGORITHMS, SEEDS, SIGNS = ("ddpo", "grpo", "nft"), range(5), (1, -1)
 WORLD = dict(n_ddim=10, guidance_scale=1., batch=16, lr=1e-3, rank=8, max_grad_norm=1.)
 WINDOW = dict(group_size=16, window=3, window_first=0, updates_per_round=1)
 OWN = { # what an algorithm needs besides

@@ -169,6 +169,17 @@ def test_too_few_seeds_cannot_tell_whatever_the_interval(tmp_path):
     assert verdict_on(replace(claim, seeds=4), tmp_path, 1., seeds=range(4), seed_spread=.001).word == HOLDS
 
 
+def test_figures_of_a_file_that_stand_on_few_seeds_cannot_tell(tmp_path):
+    claim = next(c for c in CLAIMS if c.id == "rl-unseen-pairs")
+    for seeds, word in ((3, UNDECIDED), (5, HOLDS)):
+        write_files(claim, tmp_path, 1.)
+        path = tmp_path/claim.contrasts[0].file
+        figures = json.loads(path.read_text())["figures"]
+        path.write_text(json.dumps({"figures": {name: {**f, "seeds": seeds} for name, f in figures.items()}}))
+        verdict = decide(claim, MadeUp({}), tmp_path)
+        assert verdict.word == word and verdict.seeds == seeds
+
+
 def test_seeds_that_disagree_cannot_tell(tmp_path):
     "Captions agree to a thousandth, tuning seeds do not: resampling captions alone would call it."
     claim = next(c for c in CLAIMS if c.id == "iv-fig8-clarity")

@@ -472,6 +472,11 @@ def _filed(contrast, root): # what the file of a contrast holds; {} when it cann
         return {}
 
 
+def _figures(contrast, root): # those that a contrast names and its file has
+    known = filed_figures(_filed(contrast, root))
+    return [known[name] for name in contrast.figures if name in known]
+
+
 def measure_filed(
     contrast: Filed,
     root: str | Path, # folder that holds benchmarks/
@@ -544,6 +549,9 @@ def _add(verdict, contrast, results, root, rule): # measure a contrast; why it c
     if isinstance(contrast, Filed):
         found = measure_filed(contrast, root)
         verdict.measurements += [found] if found else []
+        seeds = [figure["seeds"] for figure in _figures(contrast, root) if "seeds" in figure]
+        if seeds:
+            verdict.seeds = min(seeds + ([verdict.seeds] if verdict.seeds else []))
         missing = f"{contrast.file} has no {' and '.join(contrast.figures)} yet"
         return "" if found else outdated(_filed(contrast, root)) or missing
     seeds = seeds_of(contrast, results)
