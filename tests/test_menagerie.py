@@ -474,6 +474,7 @@ def test_drawings_have_no_grid_and_a_painted_one_is_found():
     assert abs(found[0]) < .1 and found == sorted(found) and found[-1] > 1, found
 
 
+@pytest.mark.slow
 def test_the_shipped_policy_draws_no_grid(capsys):
     "Energy at the period of its cells against that of drawings of the same captions; two standard errors of slack."
     from diffusers import AutoencoderKL

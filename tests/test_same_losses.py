@@ -84,8 +84,8 @@ def folder(tmp_path_factory):
 def test_the_numbers_of_five_steps_are_those_recorded(folder, tmp_path, name):
     then, now = json.loads(LOG.read_text())[name], figures(name, folder, tmp_path)
     assert set(then) <= set(now) and len(then["loss"]) == 5
-    for column, values in then.items():
-        assert now[column] == pytest.approx(values, rel=1e-4, abs=1e-4*max(map(abs, values)) + 1e-9), column
+    for column, values in then.items(): # 1e-6: a gap is the difference of two errors of about 1, rounded in float32
+        assert now[column] == pytest.approx(values, rel=1e-4, abs=1e-4*max(map(abs, values)) + 1e-6), column
 
 
 def main():
