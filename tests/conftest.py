@@ -18,8 +18,8 @@ TIERS = {
     "slow": (
         "test_algorithms", "test_check", "test_check_algorithms", "test_claims", "test_cli", "test_cost", "test_demo",
         "test_distributed", "test_interactive", "test_kills", "test_new_algorithm", "test_policies",
-        "test_policy_files", "test_reward_clip", "test_scoreboard", "test_sixtyfour", "test_training_widgets", "test_tuning",
-        "test_tutorials_other_policy", "test_watch")}
+        "test_policy_files", "test_reward_clip", "test_scoreboard", "test_sixtyfour", "test_training_widgets",
+        "test_tuning", "test_tutorials_other_policy", "test_watch")}
 
 
 def pytest_collection_modifyitems(items):
