@@ -142,9 +142,9 @@ class VoteSession:
         if pair is None: raise KitError(f"all {self.target} votes are cast; ask for more")
         pool = self.pool
         names, captions, seeds = ([values[i] for i in pair] for values in (pool.names, pool.captions, pool.seeds))
-        _, asked = self._queue.pop(0)
-        about = dict(captions=captions, seeds=seeds, model=pool.model, asked=asked)
+        about = dict(captions=captions, seeds=seeds, model=pool.model, asked=self._queue[0][1])
         row = cast_vote(self.folder, self.rater, names, answer, self.question, **about)
+        self._queue.pop(0) # last: a vote that cannot be written leaves its pair
         return row
 
     def undo(self)->dict: # the vote that no longer stands
